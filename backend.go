@@ -86,7 +86,9 @@ type Backend interface {
 	//
 	// In the log of after.Epoch these are the entries whose last record is above
 	// after.Seq (so the first one may begin at or below it). If the log has
-	// another epoch, they are the oldest retained ones. It stops when the Data
+	// another epoch, they are the oldest retained ones. What is returned is never
+	// older than what this process has been told or pushed before: in a cluster,
+	// read from a replica only if it cannot be. It stops when the Data
 	// together exceeds limit bytes, but returns at least one entry if there is one.
 	// Entries that retention has dropped are simply not there: the core counts them.
 	Read(ctx context.Context, channel string, after Position, limit int) (Page, error)
@@ -242,6 +244,9 @@ type Head struct {
 	Incarnation ID
 	// Closed says that the last record is the close marker.
 	Closed bool
+	// Keep is for how long the backend knows a log, at the least, after its last
+	// append: then the log may go, and a next one begins. 0 stands for a day.
+	Keep time.Duration
 }
 
 // Page is what one Read returns.

@@ -1,0 +1,355 @@
+package dchannel
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/dchannel/dchannel/internal/frame"
+)
+
+// reader is a handle's place in the channel.
+type reader struct {
+	turn   chan struct{} // held by the one Listen that reads; 1 buffered
+	roused chan struct{} // 1 buffered: look again
+
+	// Under the feed's lock:
+	inRing bool
+	asleep bool
+	cur    uint64 // index of the next node, while inRing
+
+	// Held by turn:
+	batch []node // taken from the ring, or read
+	frame frame.Reader
+	entry Entry    // the frame's
+	seq   uint64   // of the last record read from frame
+	skip  uint64   // records up to this one were delivered before
+	end   cursor   // behind the last node in batch
+	trk   *tracker // while reading from the backend
+	final error    // what every further Listen returns
+	pause backoff  // of reads that failed
+
+	at place // of the last record delivered
+}
+
+const (
+	// A handle takes nodes from the ring in batches, so that a hundred listeners do
+	// not fight for the ring's lock over every message.
+	takeNodes = 64
+	takeBytes = 64 << 10
+	// lagPage is how much a handle that fell behind reads at a time.
+	lagPage = 256 << 10
+)
+
+// rouse makes a sleeping reader look again.
+func (r *reader) rouse() {
+	select {
+	case r.roused <- struct{}{}:
+	default:
+	}
+}
+
+// next returns the next message.
+func (h *handle) next(ctx context.Context) (m Message, err error) {
+	if err := ctx.Err(); err != nil {
+		return m, err
+	}
+	select {
+	case h.turn <- struct{}{}:
+	default:
+		select {
+		case h.turn <- struct{}{}:
+		case <-ctx.Done():
+			return m, ctx.Err()
+		}
+	}
+	defer func() { <-h.turn }()
+	if h.final != nil && !h.detached.Load() {
+		return m, h.final
+	}
+	f, err := h.attach(ctx)
+	if err != nil {
+		if ctx.Err() != nil {
+			return m, ctx.Err()
+		}
+		return m, h.wrap("listen", err)
+	}
+	for {
+		if h.detached.Load() {
+			h.rouse() // the next one in turn
+			return m, h.wrap("listen", ErrDetached)
+		}
+		if m, ok, err := h.pop(); ok || err != nil {
+			return m, err
+		}
+		switch h.take(f) {
+		case taken:
+			continue
+		case outOfRing:
+			err = h.readOn(ctx, f)
+		case nothing:
+			select {
+			case <-h.roused:
+			case <-ctx.Done():
+				err = ctx.Err()
+			}
+		case noMore:
+			h.final = h.wrap("listen", f.verdict())
+			err = h.final
+		}
+		if err != nil {
+			return m, err
+		}
+	}
+}
+
+// verdict is what a listener gets behind the last node of a feed that is over.
+func (f *feed) verdict() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.phase == failed {
+		return f.reason
+	}
+	return ErrChanClosed
+}
+
+// pop returns the next message of the batch; ok is false if there is none.
+func (h *handle) pop() (m Message, ok bool, err error) {
+	for {
+		for h.frame.More() {
+			rec, err := h.frame.Next()
+			if err != nil {
+				return m, false, h.corrupt(err)
+			}
+			h.seq++
+			if h.seq <= h.skip {
+				continue
+			}
+			if h.seq > h.entry.Seq {
+				h.frame = frame.Reader{}
+				break
+			}
+			at := Position{h.entry.Epoch, h.seq}
+			h.at.store(at)
+			h.received.Add(1)
+			return Message{Position: at, Time: time.UnixMilli(h.entry.Time), rec: rec, codec: h.o.codec}, true, nil
+		}
+		if h.seq < h.entry.Seq {
+			return m, false, h.corrupt(fmt.Errorf("%w: records are missing", frame.ErrCorrupt))
+		}
+		if len(h.batch) == 0 {
+			h.batch = nil
+			return m, false, nil
+		}
+		n := h.batch[0]
+		h.batch[0] = node{}
+		h.batch = h.batch[1:]
+		switch {
+		case n.gap != nil:
+			if h.lost.Add(n.gap.Count); n.gap.Count == 0 {
+				h.unknown.Add(1)
+			}
+			gap := *n.gap // each listener's own
+			return m, false, &gap
+		case n.entry.Closed:
+			h.final = h.wrap("listen", ErrChanClosed)
+			h.at.store(n.entry.Position)
+			h.sawClose()
+			return m, false, h.final
+		}
+		h.entry, h.seq = n.entry, n.entry.First()-1
+		if h.frame, err = frame.Open(n.entry.Data); err != nil {
+			return m, false, h.corrupt(err)
+		}
+	}
+}
+
+// corrupt skips the rest of the present frame and says so.
+func (h *handle) corrupt(cause error) error {
+	h.frame = frame.Reader{}
+	after := h.seq
+	n := h.entry.Seq - after
+	h.seq = h.entry.Seq
+	h.lost.Add(n)
+	return h.wrap("listen", fmt.Errorf("%w: %d messages after %v: %w",
+		ErrCodec, n, Position{h.entry.Epoch, after}, cause))
+}
+
+type took uint8
+
+const (
+	taken took = iota
+	nothing
+	noMore
+	outOfRing
+)
+
+// take moves nodes from the ring into the batch.
+func (h *handle) take(f *feed) took {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case h.detached.Load():
+		return nothing
+	case !h.inRing:
+		if h.trk == nil {
+			h.trk = &tracker{cursor: h.end, incarnation: f.trk.incarnation}
+		}
+		return outOfRing
+	case h.cur == f.end():
+		if f.phase > behind {
+			return noMore
+		}
+		if !h.asleep {
+			h.asleep = true
+			f.sleeping = append(f.sleeping, h)
+		}
+		return nothing
+	}
+	bytes := 0
+	for h.cur < f.end() && len(h.batch) < takeNodes && bytes < takeBytes {
+		n := &f.ring[f.off+int(h.cur-f.base)]
+		bytes += n.size()
+		h.cur++
+		n.refs--
+		h.push(*n)
+	}
+	f.sweep()
+	return taken
+}
+
+// push appends a node to the batch, unless the handle had it before it came back
+// to the ring.
+func (h *handle) push(n node) {
+	switch {
+	case n.gap != nil:
+		if n.gap.Next.Epoch == h.end.Epoch && n.gap.Next.Seq <= h.end.Seq {
+			return
+		}
+		h.end = cursor{Position: Position{n.gap.Next.Epoch, n.gap.Next.Seq - 1}}
+	case n.entry.Epoch == h.end.Epoch && n.entry.Seq <= h.end.Seq:
+		return
+	default:
+		h.end = cursorAt(n.entry)
+	}
+	h.batch = append(h.batch, n)
+}
+
+// readOn reads a page from the backend, for a handle that is not in the ring, and
+// goes back to the ring if it can.
+func (h *handle) readOn(ctx context.Context, f *feed) error {
+	call, done := context.WithTimeout(ctx, attempt)
+	p, err := h.backend.Read(call, h.name, h.end.Position, lagPage)
+	done()
+	if err != nil {
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case final(err):
+			return h.wrap("listen", err)
+		case !h.pause.sleep(ctx):
+			return ctx.Err()
+		}
+		return nil
+	}
+	h.pause = backoff{}
+	t := h.trk
+	t.cursor = h.end
+	if !t.fresh && len(p.Entries) > 0 && p.Entries[0].First() <= h.end.Seq {
+		h.skip = h.end.Seq // it began inside a frame
+	} else {
+		h.skip = 0
+	}
+	atHead := t.page(h.name, p, false,
+		func(h Head) uint64 { return h.Seq },
+		f.repeated,
+		func(n node) { h.batch = append(h.batch, n) })
+	h.end = t.cursor
+
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if h.detached.Load() || f.rejoin(h) || !atHead || len(h.batch) > 0 || f.phase > behind {
+		return nil
+	}
+	// At the head of a log that the feed does not know yet.
+	if f.phase == live {
+		f.lapse()
+		f.read()
+	}
+	f.mu.Unlock()
+	ok := h.pause.sleep(ctx)
+	f.mu.Lock()
+	if !ok {
+		return ctx.Err()
+	}
+	return nil
+}
+
+// repeated reports an append that the store did twice: the feed had it earlier.
+func (f *feed) repeated(e Entry) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p, ok := f.recent.find(e.ID)
+	return ok && p != e.Position && (p.Epoch != e.Epoch || p.Seq < e.Seq)
+}
+
+// rejoin puts h back into the ring if its place is there. f.mu is held.
+func (f *feed) rejoin(h *handle) bool {
+	if h.trk.fresh || h.end.Epoch != f.trk.Epoch || h.trk.incarnation != f.trk.incarnation {
+		return false
+	}
+	if h.end.Seq >= f.trk.Seq {
+		f.enring(h, f.end())
+		h.trk = nil
+		return true
+	}
+	for i, n := range f.ring[f.off:] {
+		if n.gap != nil || n.entry.Epoch != h.end.Epoch || n.entry.Seq <= h.end.Seq {
+			continue
+		}
+		if n.entry.First() > h.end.Seq+1 {
+			return false
+		}
+		f.enring(h, f.base+uint64(i))
+		h.trk = nil
+		return true
+	}
+	return false
+}
+
+// Message is one message, as Next and Messages return it.
+type Message struct {
+	// Position is its place in the channel's order. A listener that stores it can go
+	// on behind it after a restart, see After.
+	Position Position
+	// Time is when the backend accepted it, by the backend's clock.
+	Time time.Time
+
+	rec   frame.Record
+	codec Codec
+}
+
+// Value returns what Listen would: a string, a []byte that belongs to the caller, or
+// what the codec decodes.
+func (m Message) Value() (any, error) {
+	v, err := decode(m.codec, &m.rec)
+	if err != nil {
+		return nil, fmt.Errorf("dchannel: message %v: %w", m.Position, err)
+	}
+	return v, nil
+}
+
+// Decode stores the message in v, a pointer: a *string, a *[]byte, or what the codec
+// accepts.
+func (m Message) Decode(v any) error {
+	if err := decodeTo(m.codec, &m.rec, v); err != nil {
+		return fmt.Errorf("dchannel: message %v: %w", m.Position, err)
+	}
+	return nil
+}
+
+// Size returns the length of the encoded value in bytes.
+func (m Message) Size() int { return len(m.rec.Payload) }
+
+// AppendTo appends the encoded value to dst and returns the extended slice.
+func (m Message) AppendTo(dst []byte) []byte { return append(dst, m.rec.Payload...) }

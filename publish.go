@@ -1,0 +1,396 @@
+package dchannel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dchannel/dchannel/internal/frame"
+)
+
+// publisher is the group commit of one channel in this process. While one frame is
+// on its way to the backend, further messages gather in the next one: no timer, no
+// delay when idle, one round trip for many messages when busy, and the order kept.
+// The idea is the group commit of database logs (Gawlick and Kinkade, "Varieties of
+// Concurrency Control in IMS/VS Fast Path", 1985).
+type publisher struct {
+	local *local
+
+	// busy: there is a queue or a flight, so what comes now has to line up.
+	busy atomic.Bool
+
+	mu    sync.Mutex
+	queue []*batch
+	bytes int           // in the queue and under way
+	space chan struct{} // closed when bytes fall; made on demand
+}
+
+// softFrame is the size at which a frame takes no further message. Measured on
+// Redis: larger ones bring nothing more.
+const softFrame = 128 << 10
+
+// batch becomes a frame, or a close.
+type batch struct {
+	id      ID
+	data    []byte
+	count   int
+	closing bool
+	keep    time.Duration // of a close
+	timeout time.Duration // the longest of those who wait
+
+	waiters []*waiter
+	async   []asyncShare
+	// sent: an attempt is under way, or one had an unknown outcome. Until then a
+	// message can still be taken back.
+	sent bool
+	last error // of the latest attempt
+}
+
+// waiter is a caller that waits for its message's outcome.
+type waiter struct {
+	done   chan error // 1 buffered
+	off, n int        // its record in batch.data
+	gone   bool       // the caller left
+}
+
+var waiters = sync.Pool{New: func() any { return &waiter{done: make(chan error, 1)} }}
+
+// asyncShare counts a handle's asynchronous messages in a batch.
+type asyncShare struct {
+	h *handle
+	n int
+}
+
+// send publishes r for h and waits for the outcome.
+func (p *publisher) send(ctx context.Context, h *handle, r frame.Record) error {
+	s := p.local.s
+	if now := s.immediate; now != nil && !p.busy.Load() {
+		data := frame.Append(frame.Begin(make([]byte, 0, 1+len(r.Payload)+frame.Overhead(r))), r)
+		if _, ok, err := now.PublishNow(p.local.name, Frame{ID: NewID(), Count: 1, Data: data}); ok {
+			return err
+		}
+	}
+	w := waiters.Get().(*waiter)
+	p.mu.Lock()
+	var b *batch
+	b, w.n = p.add(r, h.o.timeout)
+	w.off, w.gone = len(b.data)-w.n, false
+	b.waiters = append(b.waiters, w)
+	p.launch()
+	p.mu.Unlock()
+	return p.await(ctx, b, w)
+}
+
+// sendAsync queues r for h; it waits only for room.
+func (p *publisher) sendAsync(ctx context.Context, h *handle, r frame.Record) error {
+	size := len(r.Payload) + frame.Overhead(r)
+	p.mu.Lock()
+	for p.bytes > 0 && p.bytes+size > h.o.queue {
+		if p.space == nil {
+			p.space = make(chan struct{})
+		}
+		space := p.space
+		p.mu.Unlock()
+		select {
+		case <-space:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		p.mu.Lock()
+	}
+	defer p.mu.Unlock()
+	b, _ := p.add(r, h.o.timeout)
+	if n := len(b.async); n > 0 && b.async[n-1].h == h {
+		b.async[n-1].n++
+	} else {
+		b.async = append(b.async, asyncShare{h, 1})
+	}
+	h.async.begin()
+	p.launch()
+	return nil
+}
+
+// close marks the channel closed, behind everything that is queued.
+func (p *publisher) close(ctx context.Context, h *handle) error {
+	w := waiters.Get().(*waiter)
+	p.mu.Lock()
+	b := &batch{id: NewID(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
+	p.queue = append(p.queue, b)
+	p.launch()
+	p.mu.Unlock()
+	return p.await(ctx, b, w)
+}
+
+// add appends r to the last batch of the queue, or to a new one, and returns the
+// batch and r's size in it. p.mu is held.
+func (p *publisher) add(r frame.Record, timeout time.Duration) (b *batch, n int) {
+	size := len(r.Payload) + frame.Overhead(r)
+	if n := len(p.queue); n > 0 {
+		b = p.queue[n-1]
+	}
+	limit := min(softFrame, p.local.s.maxFrame)
+	if b == nil || b.closing || b.sent || b.last != nil || len(b.data)+size > limit {
+		b = &batch{id: NewID()}
+		b.data = frame.Begin(make([]byte, 0, max(size+1, 256)))
+		p.queue = append(p.queue, b)
+	}
+	before := len(b.data)
+	b.data = frame.Append(b.data, r)
+	b.count++
+	b.timeout = max(b.timeout, timeout)
+	n = len(b.data) - before
+	p.bytes += n
+	return b, n
+}
+
+// launch starts the flights if none are under way. p.mu is held.
+func (p *publisher) launch() {
+	if !p.busy.Swap(true) {
+		// The flights hold a reference: what is queued goes out, even if its handle
+		// is detached meanwhile.
+		p.local.retain()
+		go p.fly()
+	}
+}
+
+// await waits for the outcome of w in b, or for the end of ctx.
+func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
+	select {
+	case err := <-w.done:
+		waiters.Put(w)
+		return err
+	case <-ctx.Done():
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case err := <-w.done: // just now
+		return err
+	default:
+	}
+	w.gone = true
+	cause := ctx.Err()
+	if b.last != nil {
+		cause = fmt.Errorf("%w (%w)", cause, b.last)
+	}
+	if b.sent {
+		if !errors.Is(cause, ErrUncertain) {
+			cause = fmt.Errorf("%w: %w", ErrUncertain, certainly(cause))
+		}
+		return cause
+	}
+	p.takeBack(b, w)
+	return cause
+}
+
+// takeBack removes w's message from b, which was surely not sent.
+func (p *publisher) takeBack(b *batch, w *waiter) {
+	for i, x := range b.waiters {
+		if x == w {
+			b.waiters = append(b.waiters[:i:i], b.waiters[i+1:]...)
+			break
+		}
+	}
+	if b.closing {
+		return
+	}
+	// A copy: the backend may hold the old bytes from an attempt that failed.
+	b.data = append(append(make([]byte, 0, len(b.data)), b.data[:w.off]...), b.data[w.off+w.n:]...)
+	b.count--
+	for _, x := range b.waiters {
+		if x.off > w.off {
+			x.off -= w.n
+		}
+	}
+	p.freed(w.n)
+}
+
+// freed notes that room has been made. p.mu is held.
+func (p *publisher) freed(n int) {
+	p.bytes -= n
+	if p.space != nil {
+		close(p.space)
+		p.space = nil
+	}
+}
+
+// fly sends batch after batch until the queue is empty.
+func (p *publisher) fly() {
+	defer p.local.release()
+	for {
+		p.mu.Lock()
+		if len(p.queue) == 0 {
+			p.queue = nil
+			p.busy.Store(false)
+			p.mu.Unlock()
+			return
+		}
+		b := p.queue[0]
+		p.mu.Unlock()
+
+		err := p.deliver(b)
+
+		p.mu.Lock()
+		p.queue[0] = nil
+		p.queue = p.queue[1:]
+		p.freed(max(0, len(b.data)-1))
+		for _, w := range b.waiters {
+			w.done <- err
+		}
+		p.mu.Unlock()
+		for _, a := range b.async {
+			a.h.async.end(a.n, err)
+			if err == nil {
+				a.h.published.Add(uint64(a.n))
+			} else if errors.Is(err, ErrChanClosed) {
+				a.h.sawClose()
+			}
+		}
+	}
+}
+
+// deliver tries to append b until the outcome is known, its time is over, or nobody
+// waits for it any more.
+func (p *publisher) deliver(b *batch) error {
+	s := p.local.s
+	start := time.Now()
+	uncertain := false
+	var wait backoff
+	for first := true; ; first = false {
+		p.mu.Lock()
+		if b.count == 0 && !b.closing || b.abandoned() {
+			p.mu.Unlock()
+			return context.Canceled // to nobody
+		}
+		b.sent = true
+		f := Frame{ID: b.id, Count: b.count, Data: b.data}
+		left := b.timeout - time.Since(start)
+		p.mu.Unlock()
+		if !first {
+			f.Age = max(1, time.Since(start))
+		}
+
+		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
+		var err error
+		if b.closing {
+			_, err = s.backend.MarkClosed(ctx, p.local.name, b.id, b.keep)
+		} else {
+			_, err = s.backend.Publish(ctx, p.local.name, f)
+		}
+		done()
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, ErrChanClosed):
+			return err
+		case errors.Is(err, ErrUncertain), !final(err) && !errors.Is(err, ErrUnavailable):
+			uncertain = true
+		case errors.Is(err, ErrUnavailable):
+		default:
+			if uncertain {
+				err = fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
+			}
+			return err
+		}
+		p.mu.Lock()
+		b.last = err
+		b.sent = uncertain
+		p.mu.Unlock()
+
+		left = b.timeout - time.Since(start)
+		ctx, done = context.WithTimeout(s.ctx, left)
+		again := left > 0 && wait.sleep(ctx)
+		done()
+		if !again {
+			p.mu.Lock()
+			b.sent = true // too late to take anything back
+			p.mu.Unlock()
+			if uncertain {
+				return fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
+			}
+			return err
+		}
+	}
+}
+
+// abandoned: nobody waits for the outcome.
+func (b *batch) abandoned() bool {
+	if len(b.async) > 0 {
+		return false
+	}
+	for _, w := range b.waiters {
+		if !w.gone {
+			return false
+		}
+	}
+	return true
+}
+
+// certainly wraps a cause so that it no longer claims, by ErrUnavailable or
+// ErrRefused, that surely nothing happened; what else it is stays.
+func certainly(err error) error {
+	if errors.Is(err, ErrUnavailable) || errors.Is(err, ErrRefused) {
+		return errors.New(err.Error())
+	}
+	return err
+}
+
+// asyncState counts a handle's asynchronous messages.
+type asyncState struct {
+	mu      sync.Mutex
+	waiting int
+	failed  int
+	first   error
+	idle    chan struct{} // closed when waiting falls to 0; made on demand
+}
+
+func (a *asyncState) begin() {
+	a.mu.Lock()
+	a.waiting++
+	a.mu.Unlock()
+}
+
+func (a *asyncState) end(n int, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.waiting -= n
+	if err != nil {
+		if a.failed == 0 {
+			a.first = err
+		}
+		a.failed += n
+	}
+	if a.waiting == 0 && a.idle != nil {
+		close(a.idle)
+		a.idle = nil
+	}
+}
+
+// flush waits until nothing is waiting, and returns and forgets the failures.
+func (a *asyncState) flush(ctx context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for a.waiting > 0 {
+		if a.idle == nil {
+			a.idle = make(chan struct{})
+		}
+		idle := a.idle
+		a.mu.Unlock()
+		select {
+		case <-idle:
+		case <-ctx.Done():
+			a.mu.Lock()
+			return fmt.Errorf("%d messages still under way: %w", a.waiting, ctx.Err())
+		}
+		a.mu.Lock()
+	}
+	if a.failed == 0 {
+		return nil
+	}
+	err := fmt.Errorf("%d messages failed, the first with: %w", a.failed, a.first)
+	a.failed, a.first = 0, nil
+	return err
+}
