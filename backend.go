@@ -2,8 +2,9 @@ package dchannel
 
 import (
 	"context"
-	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
+	"math/rand/v2"
 	"strconv"
 	"time"
 )
@@ -169,9 +170,11 @@ type ImmediatePublisher interface {
 // idempotent, and links each entry to the one before it.
 type ID [16]byte
 
-// NewID returns a random ID.
+// NewID returns a random ID. It need not be secret, just unique: the runtime's
+// generator, seeded by the system, is enough and twenty times as fast as the system's.
 func NewID() (id ID) {
-	rand.Read(id[:]) //nolint:errcheck // never fails since Go 1.24: it crashes the program instead
+	binary.NativeEndian.PutUint64(id[:8], rand.Uint64())
+	binary.NativeEndian.PutUint64(id[8:], rand.Uint64())
 	return id
 }
 

@@ -19,15 +19,16 @@ type reader struct {
 	cur    uint64 // index of the next node, while inRing
 
 	// Held by turn:
-	batch []node // taken from the ring, or read
-	frame frame.Reader
-	entry Entry    // the frame's
-	seq   uint64   // of the last record read from frame
-	skip  uint64   // records up to this one were delivered before
-	end   cursor   // behind the last node in batch
-	trk   *tracker // while reading from the backend
-	final error    // what every further Listen returns
-	pause backoff  // of reads that failed
+	batch  []node // taken from the ring, or read
+	popped int    // how many of them have been taken out
+	frame  frame.Reader
+	entry  Entry    // the frame's
+	seq    uint64   // of the last record read from frame
+	skip   uint64   // records up to this one were delivered before
+	end    cursor   // behind the last node in batch
+	trk    *tracker // while reading from the backend
+	final  error    // what every further Listen returns
+	pause  backoff  // of reads that failed
 
 	at place // of the last record delivered
 }
@@ -37,6 +38,8 @@ const (
 	// not fight for the ring's lock over every message.
 	takeNodes = 64
 	takeBytes = 64 << 10
+	// keepNodes is how large a batch an idle handle holds on to.
+	keepNodes = 8
 	// lagPage is how much a handle that fell behind reads at a time.
 	lagPage = 256 << 10
 )
@@ -137,13 +140,16 @@ func (h *handle) pop() (m Message, ok bool, err error) {
 		if h.seq < h.entry.Seq {
 			return m, false, h.corrupt(fmt.Errorf("%w: records are missing", frame.ErrCorrupt))
 		}
-		if len(h.batch) == 0 {
-			h.batch = nil
+		if h.popped == len(h.batch) {
+			h.popped, h.batch = 0, h.batch[:0]
+			if cap(h.batch) > keepNodes {
+				h.batch = nil
+			}
 			return m, false, nil
 		}
-		n := h.batch[0]
-		h.batch[0] = node{}
-		h.batch = h.batch[1:]
+		n := h.batch[h.popped]
+		h.batch[h.popped] = node{}
+		h.popped++
 		switch {
 		case n.gap != nil:
 			if h.lost.Add(n.gap.Count); n.gap.Count == 0 {

@@ -43,6 +43,8 @@ type batch struct {
 
 	waiters []*waiter
 	async   []asyncShare
+	// began is when the first attempt did; zero: not yet.
+	began time.Time
 	// sent: an attempt is under way, or one had an unknown outcome. Until then a
 	// message can still be taken back.
 	sent bool
@@ -69,8 +71,12 @@ func (p *publisher) send(ctx context.Context, h *handle, r frame.Record) error {
 	s := p.local.s
 	if now := s.immediate; now != nil && !p.busy.Load() {
 		data := frame.Append(frame.Begin(make([]byte, 0, 1+len(r.Payload)+frame.Overhead(r))), r)
-		if _, ok, err := now.PublishNow(p.local.name, Frame{ID: NewID(), Count: 1, Data: data}); ok {
-			return err
+		b := batch{id: NewID(), data: data, count: 1}
+		if _, ok, err := now.PublishNow(p.local.name, Frame{ID: b.id, Count: 1, Data: data}); ok {
+			if !errors.Is(err, ErrUncertain) && !errors.Is(err, ErrUnavailable) {
+				return err
+			}
+			return p.retry(ctx, h, b, err)
 		}
 	}
 	w := waiters.Get().(*waiter)
@@ -82,6 +88,21 @@ func (p *publisher) send(ctx context.Context, h *handle, r frame.Record) error {
 	p.launch()
 	p.mu.Unlock()
 	return p.await(ctx, b, w)
+}
+
+// retry lines b up, whose first attempt, outside the queue, ended with err.
+func (p *publisher) retry(ctx context.Context, h *handle, b batch, err error) error {
+	w := waiters.Get().(*waiter)
+	w.off, w.n, w.gone = 1, len(b.data)-1, false
+	b.began, b.last, b.sent = time.Now(), err, errors.Is(err, ErrUncertain)
+	b.timeout = h.o.timeout
+	b.waiters = []*waiter{w}
+	p.mu.Lock()
+	p.queue = append(p.queue, &b)
+	p.bytes += w.n
+	p.launch()
+	p.mu.Unlock()
+	return p.await(ctx, &b, w)
 }
 
 // sendAsync queues r for h; it waits only for room.
@@ -132,7 +153,7 @@ func (p *publisher) add(r frame.Record, timeout time.Duration) (b *batch, n int)
 		b = p.queue[n-1]
 	}
 	limit := min(softFrame, p.local.s.maxFrame)
-	if b == nil || b.closing || b.sent || b.last != nil || len(b.data)+size > limit {
+	if b == nil || b.closing || !b.began.IsZero() || len(b.data)+size > limit {
 		b = &batch{id: NewID()}
 		b.data = frame.Begin(make([]byte, 0, max(size+1, 256)))
 		p.queue = append(p.queue, b)
@@ -257,9 +278,9 @@ func (p *publisher) fly() {
 func (p *publisher) deliver(b *batch) error {
 	s := p.local.s
 	start := time.Now()
-	uncertain := false
+	uncertain := b.sent
 	var wait backoff
-	for first := true; ; first = false {
+	for {
 		p.mu.Lock()
 		if b.count == 0 && !b.closing || b.abandoned() {
 			p.mu.Unlock()
@@ -268,10 +289,12 @@ func (p *publisher) deliver(b *batch) error {
 		b.sent = true
 		f := Frame{ID: b.id, Count: b.count, Data: b.data}
 		left := b.timeout - time.Since(start)
-		p.mu.Unlock()
-		if !first {
-			f.Age = max(1, time.Since(start))
+		if !b.began.IsZero() {
+			f.Age = max(1, time.Since(b.began))
+		} else {
+			b.began = time.Now()
 		}
+		p.mu.Unlock()
 
 		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
 		var err error
