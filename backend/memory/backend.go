@@ -147,13 +147,18 @@ func (b *Backend) ready(ctx context.Context) error {
 	return ctx.Err()
 }
 
+// ageSlack is how much older an age may be than its value says: the caller may have
+// been held up between reading its clock and calling. (Without it, a busy machine
+// appended a frame twice after a few thousand retries.)
+const ageSlack = time.Second
+
 // began returns when the first attempt began, in the store's time; 0 if this is it.
-// It errs to the early side, for times are whole milliseconds.
+// It errs to the early side.
 func (b *Backend) began(age time.Duration) int64 {
 	if age <= 0 {
 		return 0
 	}
-	return b.store.now() - millis(age) - 1
+	return b.store.now() - millis(age) - millis(ageSlack)
 }
 
 // errReplyLost is what LoseReplies makes of a reply.

@@ -2,6 +2,7 @@ package memory
 
 import (
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/dchannel/dchannel"
@@ -60,4 +61,9 @@ func millis(d time.Duration) int64 {
 		ms++
 	}
 	return ms
+}
+
+// duration is the way back, for as long as a Duration can be.
+func duration(ms int64) time.Duration {
+	return time.Duration(min(ms, math.MaxInt64/int64(time.Millisecond))) * time.Millisecond
 }

@@ -90,7 +90,7 @@ func (s *Store) read(channel string, after dchannel.Position, limit int, force b
 	}
 	s.shard(channel).calls.Add(1)
 	if sl == nil {
-		return dchannel.Page{Head: dchannel.Head{Incarnation: s.incarnation}}, nil
+		return dchannel.Page{Head: s.noHead()}, nil
 	}
 	defer s.leave(sl)
 	sl.expire(s.now())
@@ -128,7 +128,7 @@ func (s *Store) heads(channels []string, force bool) ([]dchannel.Head, error) {
 			return nil, err
 		}
 		if sl == nil {
-			heads[i].Incarnation = s.incarnation
+			heads[i] = s.noHead()
 			continue
 		}
 		sl.expire(now)
@@ -177,12 +177,8 @@ func (sl *slot) add(now int64, e dchannel.Entry) {
 // earlier looks for a former append of id: its position, or none because it surely
 // never happened, or ErrUncertain.
 func (sl *slot) earlier(id dchannel.ID, since int64) (dchannel.Position, error) {
-	for i := sl.entries.n - 1; i >= 0; i-- {
-		e := sl.entries.at(i)
-		if e.Time < since {
-			break
-		}
-		if e.ID == id {
+	for i := sl.entries.n - 1; i >= 0; i-- { // to the end: since is a guess, IDs are not
+		if e := sl.entries.at(i); e.ID == id {
 			return e.Position, nil
 		}
 	}
@@ -262,9 +258,17 @@ func (sl *slot) rewind(n int) {
 }
 
 func (sl *slot) head() dchannel.Head {
-	h := dchannel.Head{ID: sl.last, Incarnation: sl.store.incarnation, Closed: sl.closed}
-	h.Epoch, h.Seq = sl.epoch, sl.seq
+	h := sl.store.noHead()
+	h.Epoch, h.Seq, h.ID, h.Closed = sl.epoch, sl.seq, sl.last, sl.closed
+	if sl.closed {
+		h.Keep = duration(sl.endsAt - sl.lastAt)
+	}
 	return h
+}
+
+// noHead is the head of a channel without a log.
+func (s *Store) noHead() dchannel.Head {
+	return dchannel.Head{Incarnation: s.incarnation, Keep: duration(s.idleExpiry)}
 }
 
 // weakly returns a function that calls f as long as v is in use elsewhere, so that
