@@ -107,8 +107,8 @@ func (p *Proxy) cut(which func(*link) bool) int {
 	return n
 }
 
-// Refuse(true) makes new connections fail with "connection refused"; those that
-// there are go on. Refuse(false) takes new connections again.
+// Refuse makes new connections fail with "connection refused" while those that there
+// are go on, or, with false, takes new connections again.
 func (p *Proxy) Refuse(refuse bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

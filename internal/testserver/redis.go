@@ -70,7 +70,7 @@ func redisBinary() (string, error) {
 	}
 	path, err := exec.LookPath(name)
 	if err != nil {
-		return "", fmt.Errorf("find redis-server: %w; install it (make redis does, or apt-get install redis-server,"+
+		return "", fmt.Errorf("find redis-server: %w; install it (`make redis` does, or apt-get install redis-server,"+
 			" brew install redis) or set REDIS_SERVER to the binary", err)
 	}
 	return path, nil

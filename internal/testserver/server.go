@@ -179,7 +179,7 @@ func (s *Server) awaitReady(ctx context.Context, p *process) error {
 		case <-p.exited:
 			return fmt.Errorf("it ended at once: %v", p.cmd.ProcessState)
 		case <-ctx.Done():
-			return fmt.Errorf("not ready: %w (%v)", ctx.Err(), err)
+			return fmt.Errorf("not ready: %w (%w)", ctx.Err(), err)
 		case <-tick.C:
 		}
 	}

@@ -2,7 +2,6 @@ package testserver_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -203,7 +202,7 @@ func (r *record) Cleanup(f func())        { r.cleanups = append(r.cleanups, f) }
 func (r *record) Logf(f string, a ...any) { fmt.Fprintf(&r.text, f+"\n", a...) }
 func (r *record) Fatalf(f string, a ...any) {
 	r.failed = true
-	panic(errors.New(fmt.Sprintf(f, a...)))
+	panic(fmt.Errorf(f, a...))
 }
 
 func TestForTestPrintsTheLogOfAFailedTest(t *testing.T) {
