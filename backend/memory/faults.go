@@ -128,7 +128,7 @@ func (s *Store) LoseState() {
 // afterwards. A listener that has seen what was taken back keeps it.
 func (s *Store) LoseLast(channel string, n int) {
 	s.restart(errRewind, func() {
-		if sl, _ := s.find(channel, true); sl != nil {
+		if sl, _, _ := s.find(channel, true); sl != nil {
 			sl.rewind(n)
 			s.leave(sl)
 		}

@@ -3,6 +3,7 @@ package memory_test
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -128,9 +129,17 @@ func TestStateLossIsSeenWhole(t *testing.T) {
 		work.Go(func() {
 			for ctx.Err() == nil {
 				_, _ = b.Publish(ctx, "c", frame(""))
+				runtime.Gosched()
 			}
 		})
 	}
+	work.Go(func() { // the detector looks for the incarnation being read while it changes
+		for ctx.Err() == nil {
+			_, _ = b.Heads(ctx, []string{"no log"})
+			s.LoseLast("no log either", 1)
+			runtime.Gosched()
+		}
+	})
 	epochs := make(map[dchannel.ID]uint64)
 	for range 300 {
 		for range 10 {
@@ -147,4 +156,53 @@ func TestStateLossIsSeenWhole(t *testing.T) {
 	}
 	cancel()
 	work.Wait()
+}
+
+// TestPauseIsWhole: when Pause has returned nothing happens any more, and nothing
+// overtakes what was waiting when Resume does it.
+func TestPauseIsWhole(t *testing.T) {
+	t.Parallel()
+	const rounds, others = 100, 200
+	s := memory.NewStore(memory.WithRetention(1<<20, time.Hour))
+	b := s.Backend()
+	ctx, cancel := context.WithCancel(context.Background())
+	var work sync.WaitGroup
+	for range 2 {
+		work.Go(func() {
+			for ctx.Err() == nil {
+				_, _ = b.Publish(ctx, "busy", frame(""))
+				runtime.Gosched()
+			}
+		})
+	}
+	sink, _ := subscribe(t, b, "busy")
+	for range rounds {
+		s.Pause()
+		before := len(sink.got())
+		ended, end := context.WithTimeout(ctx, 100*time.Microsecond)
+		var late sync.WaitGroup
+		for range others { // work for Resume
+			late.Go(func() { _, _ = b.Publish(ended, "late", frame("")) })
+		}
+		late.Wait()
+		f := frame("")
+		_, _ = b.Publish(ended, "late", f)
+		end()
+		require.Equal(t, before, len(sink.got()))
+		f.Age = time.Millisecond
+		work.Go(func() {
+			for ok := false; !ok; {
+				runtime.Gosched()
+				_, ok, _ = b.PublishNow("late", f)
+			}
+		})
+		s.Resume()
+	}
+	cancel()
+	work.Wait()
+	seen := make(map[dchannel.ID]bool)
+	for _, e := range readAll(t, b, "late").Entries {
+		require.False(t, seen[e.ID], "appended twice")
+		seen[e.ID] = true
+	}
 }

@@ -84,13 +84,13 @@ func (s *Store) markClosed(channel string, id dchannel.ID, keep int64, force boo
 
 // read returns entries behind after.
 func (s *Store) read(channel string, after dchannel.Position, limit int, force bool) (dchannel.Page, error) {
-	sl, err := s.find(channel, force)
+	sl, none, err := s.find(channel, force)
 	if err != nil {
 		return dchannel.Page{}, err
 	}
 	s.shard(channel).calls.Add(1)
 	if sl == nil {
-		return dchannel.Page{Head: s.noHead()}, nil
+		return dchannel.Page{Head: none}, nil
 	}
 	defer s.leave(sl)
 	sl.expire(s.now())
@@ -123,12 +123,12 @@ func (s *Store) heads(channels []string, force bool) ([]dchannel.Head, error) {
 	heads := make([]dchannel.Head, len(channels))
 	now := s.now()
 	for i, channel := range channels {
-		sl, err := s.find(channel, force)
+		sl, none, err := s.find(channel, force)
 		if err != nil {
 			return nil, err
 		}
 		if sl == nil {
-			heads[i] = s.noHead()
+			heads[i] = none
 			continue
 		}
 		sl.expire(now)
@@ -266,7 +266,8 @@ func (sl *slot) head() dchannel.Head {
 	return h
 }
 
-// noHead is the head of a channel without a log.
+// noHead is the head of a channel without a log. Only under a lock of the channel, or
+// its shard, and with the gate down since.
 func (s *Store) noHead() dchannel.Head {
 	return dchannel.Head{Incarnation: s.incarnation, Keep: duration(s.idleExpiry)}
 }

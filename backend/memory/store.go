@@ -161,12 +161,13 @@ func (s *Store) enter(channel string, force bool) (*slot, error) {
 	return sl, nil
 }
 
-// find is enter for those who only look: the slot is nil if there is none.
-func (s *Store) find(channel string, force bool) (*slot, error) {
+// find is enter for those who only look. The slot is nil if there is none; none is
+// then the head.
+func (s *Store) find(channel string, force bool) (sl *slot, none dchannel.Head, err error) {
 	sh := s.shard(channel)
 	sh.mu.RLock()
 	defer sh.mu.RUnlock()
-	sl := sh.slots[channel]
+	sl = sh.slots[channel]
 	if sl != nil {
 		sl.mu.Lock()
 	}
@@ -174,9 +175,9 @@ func (s *Store) find(channel string, force bool) (*slot, error) {
 		if sl != nil {
 			sl.mu.Unlock()
 		}
-		return nil, errPaused
+		return nil, none, errPaused
 	}
-	return sl, nil
+	return sl, s.noHead(), nil
 }
 
 // leave unlocks sl, and drops it if there is nothing in it worth keeping.
