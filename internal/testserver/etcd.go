@@ -2,10 +2,8 @@ package testserver
 
 import (
 	"context"
-	"fmt"
-	"io"
-	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -23,6 +21,12 @@ type EtcdConfig struct {
 // StartEtcd starts an etcd server. ctx governs the start only; without a deadline
 // the server has a minute to get ready, not counting the time to build it.
 func StartEtcd(ctx context.Context, cfg EtcdConfig) (*Server, error) {
+	return one(StartEtcdCluster(ctx, 1, cfg))
+}
+
+// StartEtcdCluster starts a cluster of n nodes, as StartEtcd does one. They have one
+// CA if they have TLS. It is ready when all of them agree on a leader.
+func StartEtcdCluster(ctx context.Context, n int, cfg EtcdConfig) ([]*Server, error) {
 	binary, err := pinnedBinary(ctx, "ETCD_SERVER", "etcd", "go.etcd.io/etcd/server/v3")
 	if err != nil {
 		return nil, err
@@ -31,7 +35,7 @@ func StartEtcd(ctx context.Context, cfg EtcdConfig) (*Server, error) {
 	if cfg.TLS != NoTLS {
 		scheme = "https"
 	}
-	return start(ctx, kind{
+	return start(ctx, n, kind{
 		name: "etcd", binary: binary, ports: 2, scheme: scheme,
 		args:  func(s *Server) ([]string, error) { return etcdArgs(s, cfg), nil },
 		ready: etcdReady,
@@ -39,16 +43,19 @@ func StartEtcd(ctx context.Context, cfg EtcdConfig) (*Server, error) {
 }
 
 func etcdArgs(s *Server, cfg EtcdConfig) []string {
-	peer := "http://" + s.port(1).Addr()
+	var cluster []string
+	for _, node := range s.nodes {
+		cluster = append(cluster, etcdName(node)+"="+etcdPeer(node))
+	}
 	args := []string{
-		"--name=test",
+		"--name=" + etcdName(s),
 		// A directory below: etcd wants to make it itself, with its own mode.
 		"--data-dir=" + filepath.Join(s.data(), "etcd"),
 		"--listen-client-urls=" + s.URL(),
 		"--advertise-client-urls=" + s.URL(),
-		"--listen-peer-urls=" + peer,
-		"--initial-advertise-peer-urls=" + peer,
-		"--initial-cluster=test=" + peer,
+		"--listen-peer-urls=" + etcdPeer(s),
+		"--initial-advertise-peer-urls=" + etcdPeer(s),
+		"--initial-cluster=" + strings.Join(cluster, ","),
 		"--log-level=warn",
 	}
 	if cfg.NoFsync {
@@ -56,35 +63,20 @@ func etcdArgs(s *Server, cfg EtcdConfig) []string {
 	}
 	if s.identity != nil {
 		args = append(args,
-			"--cert-file="+filepath.Join(s.dir, serverCertFile),
-			"--key-file="+filepath.Join(s.dir, serverKeyFile))
+			"--cert-file="+s.identity.path(serverCertFile),
+			"--key-file="+s.identity.path(serverKeyFile))
 		if s.identity.mode == MutualTLS {
 			// A trusted CA alone would already make etcd ask for client certificates.
-			args = append(args, "--client-cert-auth", "--trusted-ca-file="+filepath.Join(s.dir, caFile))
+			args = append(args, "--client-cert-auth", "--trusted-ca-file="+s.identity.path(caFile))
 		}
 	}
 	return append(args, cfg.Args...)
 }
 
+func etcdName(s *Server) string { return "node" + strconv.Itoa(s.index) }
+func etcdPeer(s *Server) string { return "http://" + s.port(1).Addr() }
+
 // etcdReady asks /health, which is true only with a leader and a working store.
 func etcdReady(ctx context.Context, s *Server) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.URL()+"/health", http.NoBody)
-	if err != nil {
-		return err
-	}
-	transport := &http.Transport{TLSClientConfig: s.TLS(), DisableKeepAlives: true}
-	defer transport.CloseIdleConnections()
-	resp, err := (&http.Client{Transport: transport}).Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<10))
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK || !strings.Contains(string(body), `"health":"true"`) {
-		return fmt.Errorf("health: %s %q", resp.Status, body)
-	}
-	return nil
+	return healthy(ctx, s.URL()+"/health", s.TLS(), `"health":"true"`)
 }

@@ -18,34 +18,56 @@ type TB interface {
 // the test; it is never skipped.
 func RedisForTest(t TB, cfg RedisConfig) *Server {
 	t.Helper()
-	return forTest(t, StartRedis, cfg)
+	s, err := StartRedis(t.Context(), cfg)
+	forTest(t, err, s)
+	return s
 }
 
 // NATSForTest is [StartNATS] for a test, as RedisForTest is StartRedis.
 func NATSForTest(t TB, cfg NATSConfig) *Server {
 	t.Helper()
-	return forTest(t, StartNATS, cfg)
+	s, err := StartNATS(t.Context(), cfg)
+	forTest(t, err, s)
+	return s
+}
+
+// NATSClusterForTest is [StartNATSCluster] for a test.
+func NATSClusterForTest(t TB, n int, cfg NATSConfig) []*Server {
+	t.Helper()
+	nodes, err := StartNATSCluster(t.Context(), n, cfg)
+	forTest(t, err, nodes...)
+	return nodes
 }
 
 // EtcdForTest is [StartEtcd] for a test, as RedisForTest is StartRedis.
 func EtcdForTest(t TB, cfg EtcdConfig) *Server {
 	t.Helper()
-	return forTest(t, StartEtcd, cfg)
+	s, err := StartEtcd(t.Context(), cfg)
+	forTest(t, err, s)
+	return s
 }
 
-func forTest[C any](t TB, start func(context.Context, C) (*Server, error), cfg C) *Server {
+// EtcdClusterForTest is [StartEtcdCluster] for a test.
+func EtcdClusterForTest(t TB, n int, cfg EtcdConfig) []*Server {
 	t.Helper()
-	s, err := start(t.Context(), cfg)
+	nodes, err := StartEtcdCluster(t.Context(), n, cfg)
+	forTest(t, err, nodes...)
+	return nodes
+}
+
+func forTest(t TB, err error, nodes ...*Server) {
+	t.Helper()
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
 	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("%s at %s%s", s.kind.name, s.Addr(), quoteLog(s.Log()))
-		}
-		if err := s.Close(); err != nil {
-			t.Logf("close %s: %v", s.kind.name, err)
+		for _, s := range nodes {
+			if t.Failed() {
+				t.Logf("%s at %s%s", s.kind.name, s.Addr(), quoteLog(s.Log()))
+			}
+			if err := s.Close(); err != nil {
+				t.Logf("close %s: %v", s.kind.name, err)
+			}
 		}
 	})
-	return s
 }

@@ -1,10 +1,8 @@
 package testserver
 
 import (
-	"bufio"
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -27,9 +25,18 @@ type NATSConfig struct {
 	Config string
 }
 
+// The second and third port of a NATS server.
+const natsMonitor, natsRoutes = 1, 2
+
 // StartNATS starts a NATS server. ctx governs the start only; without a deadline
 // the server has a minute to get ready, not counting the time to build it.
 func StartNATS(ctx context.Context, cfg NATSConfig) (*Server, error) {
+	return one(StartNATSCluster(ctx, 1, cfg))
+}
+
+// StartNATSCluster starts a cluster of n nodes, as StartNATS does one. They have one
+// CA if they have TLS. It is ready when JetStream has a leader that all of them know.
+func StartNATSCluster(ctx context.Context, n int, cfg NATSConfig) ([]*Server, error) {
 	binary, err := pinnedBinary(ctx, "NATS_SERVER", "nats-server", "github.com/nats-io/nats-server/v2")
 	if err != nil {
 		return nil, err
@@ -38,8 +45,8 @@ func StartNATS(ctx context.Context, cfg NATSConfig) (*Server, error) {
 	if cfg.TLS != NoTLS {
 		scheme = "tls"
 	}
-	return start(ctx, kind{
-		name: "nats", binary: binary, ports: 1, scheme: scheme,
+	return start(ctx, n, kind{
+		name: "nats", binary: binary, ports: 3, scheme: scheme,
 		args:  func(s *Server) ([]string, error) { return natsArgs(s, cfg) },
 		ready: natsReady,
 	}, cfg.TLS)
@@ -47,7 +54,14 @@ func StartNATS(ctx context.Context, cfg NATSConfig) (*Server, error) {
 
 func natsArgs(s *Server, cfg NATSConfig) ([]string, error) {
 	var b strings.Builder
-	fmt.Fprintf(&b, "listen: %q\nserver_name: %q\n", s.Addr(), filepath.Base(s.dir))
+	fmt.Fprintf(&b, "listen: %q\nserver_name: \"node%d\"\nhttp: %q\n", s.Addr(), s.index, s.port(natsMonitor).Addr())
+	if len(s.nodes) > 1 {
+		fmt.Fprintf(&b, "cluster {\n  name: test\n  listen: %q\n  routes: [\n", s.port(natsRoutes).Addr())
+		for _, node := range s.nodes {
+			fmt.Fprintf(&b, "    \"nats://%s\"\n", node.port(natsRoutes).Addr())
+		}
+		b.WriteString("  ]\n}\n")
+	}
 	if !cfg.NoJetStream {
 		fmt.Fprintf(&b, "jetstream {\n  store_dir: %q\n", s.data())
 		if cfg.SyncAlways {
@@ -60,7 +74,7 @@ func natsArgs(s *Server, cfg NATSConfig) ([]string, error) {
 	}
 	if s.identity != nil {
 		fmt.Fprintf(&b, "tls { ca_file: %q, cert_file: %q, key_file: %q, verify: %s }\n",
-			filepath.Join(s.dir, caFile), filepath.Join(s.dir, serverCertFile), filepath.Join(s.dir, serverKeyFile),
+			s.identity.path(caFile), s.identity.path(serverCertFile), s.identity.path(serverKeyFile),
 			strconv.FormatBool(s.identity.mode == MutualTLS))
 	}
 	b.WriteString(cfg.Config + "\n")
@@ -68,25 +82,12 @@ func natsArgs(s *Server, cfg NATSConfig) ([]string, error) {
 	return []string{"-c", name}, os.WriteFile(name, []byte(b.String()), 0o600)
 }
 
-// natsReady waits for the greeting, which comes before authentication and TLS. The
-// server listens for clients only after JetStream has recovered its streams.
+// NATSMonitor returns the URL of a NATS server's monitoring pages, which tell what it
+// holds for its clients: "/connz?subs=1", "/subsz", "/jsz".
+func (s *Server) NATSMonitor() string { return "http://" + s.port(natsMonitor).Addr() }
+
+// natsReady asks for the health of JetStream too: a node listens for clients before
+// its cluster has a leader.
 func natsReady(ctx context.Context, s *Server) error {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.Addr())
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if deadline, ok := ctx.Deadline(); ok {
-		if err := conn.SetDeadline(deadline); err != nil {
-			return err
-		}
-	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	if err != nil {
-		return err
-	}
-	if !strings.HasPrefix(line, "INFO ") {
-		return fmt.Errorf("unexpected greeting %q", line)
-	}
-	return nil
+	return healthy(ctx, s.NATSMonitor()+"/healthz", nil, `"status":"ok"`)
 }

@@ -56,11 +56,11 @@ func StartRedis(ctx context.Context, cfg RedisConfig) (*Server, error) {
 	if cfg.TLS != NoTLS {
 		scheme = "rediss"
 	}
-	return start(ctx, kind{
+	return one(start(ctx, 1, kind{
 		name: "redis", binary: binary, ports: 1, scheme: scheme,
 		args:  func(s *Server) ([]string, error) { return redisArgs(s, cfg) },
 		ready: redisReady,
-	}, cfg.TLS)
+	}, cfg.TLS))
 }
 
 func redisBinary() (string, error) {
@@ -89,9 +89,9 @@ func redisArgs(s *Server, cfg RedisConfig) ([]string, error) {
 		conf = append(conf, "port "+number)
 	} else {
 		conf = append(conf, "port 0", "tls-port "+number,
-			"tls-ca-cert-file "+strconv.Quote(filepath.Join(s.dir, caFile)),
-			"tls-cert-file "+strconv.Quote(filepath.Join(s.dir, serverCertFile)),
-			"tls-key-file "+strconv.Quote(filepath.Join(s.dir, serverKeyFile)))
+			"tls-ca-cert-file "+strconv.Quote(s.identity.path(caFile)),
+			"tls-cert-file "+strconv.Quote(s.identity.path(serverCertFile)),
+			"tls-key-file "+strconv.Quote(s.identity.path(serverKeyFile)))
 		if s.identity.mode == MutualTLS {
 			conf = append(conf, "tls-auth-clients yes")
 		} else {

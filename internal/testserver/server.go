@@ -50,6 +50,8 @@ type Server struct {
 	kind     kind
 	dir      string // everything of this server
 	identity *identity
+	index    int       // its place in nodes
+	nodes    []*Server // the cluster that it is a node of, by itself if it is alone
 
 	mu     sync.Mutex
 	ports  []*port.Port
@@ -67,63 +69,6 @@ type kind struct {
 	args func(s *Server) ([]string, error)
 	// ready asks the server something that it answers only when it can work.
 	ready func(ctx context.Context, s *Server) error
-}
-
-func start(ctx context.Context, k kind, mode TLSMode) (*Server, error) {
-	dir, err := os.MkdirTemp("", "dchannel-"+k.name+"-")
-	if err != nil {
-		return nil, fmt.Errorf("start %s: %w", k.name, err)
-	}
-	s := &Server{kind: k, dir: dir}
-	if err := s.prepare(mode); err != nil {
-		s.Close()
-		return nil, fmt.Errorf("start %s: %w", k.name, err)
-	}
-	for attempt := 1; ; attempt++ {
-		err = s.reserve()
-		if err == nil {
-			err = s.launch(ctx)
-		}
-		if err == nil {
-			return s, nil
-		}
-		if !errors.Is(err, errBind) || attempt == bindAttempts {
-			err = fmt.Errorf("start %s: %w%s", k.name, err, quoteLog(s.Log()))
-			s.Close()
-			return nil, err
-		}
-	}
-}
-
-func (s *Server) prepare(mode TLSMode) (err error) {
-	if mode != NoTLS {
-		if s.identity, err = newIdentity(s.dir, mode); err != nil {
-			return err
-		}
-	}
-	return os.Mkdir(s.data(), 0o700)
-}
-
-// reserve gives the server new ports.
-func (s *Server) reserve() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.release()
-	for range s.kind.ports {
-		p, err := port.Reserve()
-		if err != nil {
-			return err
-		}
-		s.ports = append(s.ports, p)
-	}
-	return nil
-}
-
-func (s *Server) release() {
-	for _, p := range s.ports {
-		p.Release()
-	}
-	s.ports = nil
 }
 
 // launch runs the server and waits until it answers.
@@ -212,7 +157,7 @@ func (s *Server) TLSFiles() (ca, cert, key string) {
 	if s.identity == nil {
 		return "", "", ""
 	}
-	return filepath.Join(s.dir, caFile), filepath.Join(s.dir, clientCertFile), filepath.Join(s.dir, clientKeyFile)
+	return s.identity.path(caFile), s.identity.path(clientCertFile), s.identity.path(clientKeyFile)
 }
 
 // PID returns the process's id, or 0 when it is not running.

@@ -37,11 +37,14 @@ const (
 	clientKeyFile  = "client-key.pem"
 )
 
-// identity is a CA made for one server, and what its clients need.
+// identity is a CA made for one server or cluster, and what its clients need.
 type identity struct {
+	dir    string // where the files are
 	mode   TLSMode
 	client *tls.Config
 }
+
+func (id *identity) path(file string) string { return filepath.Join(id.dir, file) }
 
 // newIdentity writes a throwaway CA with a certificate for each side to dir. Nothing
 // is checked in, so nothing expires and no key is worth stealing.
@@ -86,7 +89,7 @@ func newIdentity(dir string, mode TLSMode) (*identity, error) {
 		}
 		cfg.Certificates = []tls.Certificate{pair}
 	}
-	return &identity{mode: mode, client: cfg}, nil
+	return &identity{dir: dir, mode: mode, client: cfg}, nil
 }
 
 // issue signs cert with the CA's key, or with its own if that is nil, and completes

@@ -23,9 +23,9 @@ import (
 
 const (
 	// lowest keeps clear of well-known services, and highest of the ephemeral range
-	// (from 32768 on Linux, from 49152 on macOS), even for a Redis Cluster node,
-	// whose bus listens on its port + 10000.
-	lowest, highest = 10000, 22767
+	// (from 32768 on Linux, from 49152 on macOS). Above it is room for the bus of each
+	// Redis Cluster node, which listens on the node's port + 10000.
+	lowest, highest = 10000, 19999
 
 	// attempts bounds the search; a machine with this many misses has no free ports.
 	attempts = 1000
