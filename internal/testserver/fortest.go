@@ -23,6 +23,23 @@ func RedisForTest(t TB, cfg RedisConfig) *Server {
 	return s
 }
 
+// RedisClusterForTest is [StartRedisCluster] for a test.
+func RedisClusterForTest(t TB, masters, replicas int, cfg RedisConfig) []*Server {
+	t.Helper()
+	nodes, err := StartRedisCluster(t.Context(), masters, replicas, cfg)
+	forTest(t, err, nodes...)
+	return nodes
+}
+
+// RedisSentinelForTest is [StartRedisSentinel] for a test.
+func RedisSentinelForTest(t TB, replicas, sentinels int, cfg RedisConfig) *RedisSentinel {
+	t.Helper()
+	r, err := StartRedisSentinel(t.Context(), replicas, sentinels, cfg)
+	forTest(t, err)
+	forTest(t, nil, append(r.Sentinels, r.Nodes...)...)
+	return r
+}
+
 // NATSForTest is [StartNATS] for a test, as RedisForTest is StartRedis.
 func NATSForTest(t TB, cfg NATSConfig) *Server {
 	t.Helper()

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -48,6 +49,10 @@ const probeUser, probePassword = "testserver-probe", "probe"
 // StartRedis starts a Redis server. ctx governs the start only; without a deadline
 // the server has a minute to get ready.
 func StartRedis(ctx context.Context, cfg RedisConfig) (*Server, error) {
+	return one(startRedis(ctx, 1, cfg))
+}
+
+func startRedis(ctx context.Context, n int, cfg RedisConfig) ([]*Server, error) {
 	binary, err := redisBinary()
 	if err != nil {
 		return nil, err
@@ -56,11 +61,11 @@ func StartRedis(ctx context.Context, cfg RedisConfig) (*Server, error) {
 	if cfg.TLS != NoTLS {
 		scheme = "rediss"
 	}
-	return one(start(ctx, 1, kind{
+	return start(ctx, n, kind{
 		name: "redis", binary: binary, ports: 1, scheme: scheme,
 		args:  func(s *Server) ([]string, error) { return redisArgs(s, cfg) },
 		ready: redisReady,
-	}, cfg.TLS))
+	}, cfg.TLS)
 }
 
 func redisBinary() (string, error) {
@@ -82,7 +87,7 @@ func redisArgs(s *Server, cfg RedisConfig) ([]string, error) {
 		"daemonize no",
 		"dir " + strconv.Quote(s.data()),
 		`save ""`,
-		"user " + probeUser + " on >" + probePassword + " +ping",
+		"user " + probeUser + " on >" + probePassword + " +ping +info +cluster",
 	}
 	number := strconv.Itoa(s.port(0).Number())
 	if s.identity == nil {
@@ -102,7 +107,8 @@ func redisArgs(s *Server, cfg RedisConfig) ([]string, error) {
 		conf = append(conf, "appendonly yes", "appendfsync always")
 	}
 	if cfg.Password != "" {
-		conf = append(conf, "requirepass "+strconv.Quote(cfg.Password))
+		// Nodes that replicate one another have the same one.
+		conf = append(conf, "requirepass "+strconv.Quote(cfg.Password), "masterauth "+strconv.Quote(cfg.Password))
 	}
 	for _, u := range cfg.Users {
 		conf = append(conf, "user "+u)
@@ -115,27 +121,60 @@ func redisArgs(s *Server, cfg RedisConfig) ([]string, error) {
 	return []string{name}, os.WriteFile(name, []byte(strings.Join(conf, "\n")+"\n"), 0o600)
 }
 
-// redisReady speaks the protocol by itself, so that a test binary has only the
-// client that it is a test of.
 func redisReady(ctx context.Context, s *Server) error {
+	pong, err := redisDo(ctx, s, "PING")
+	if err == nil && pong != "PONG" {
+		err = fmt.Errorf("unexpected answer %q", pong)
+	}
+	return err
+}
+
+// redisDo runs one command whose words hold no spaces, and returns its reply, a string
+// of either form. It speaks the protocol by itself, so that a test binary has only the
+// client that it is a test of.
+func redisDo(ctx context.Context, s *Server, words ...string) (string, error) {
 	conn, err := dial(ctx, s)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer conn.Close()
-	if _, err := fmt.Fprintf(conn, "AUTH %s %s\r\nPING\r\n", probeUser, probePassword); err != nil {
-		return err
+	command := strings.Join(words, " ")
+	if _, err := fmt.Fprintf(conn, "AUTH %s %s\r\n%s\r\n", probeUser, probePassword, command); err != nil {
+		return "", err
 	}
-	lines := bufio.NewScanner(conn)
-	for _, want := range []string{"+OK", "+PONG"} {
-		if !lines.Scan() {
-			return errors.Join(errors.New("no reply"), lines.Err())
-		}
-		if got := strings.TrimSpace(lines.Text()); got != want {
-			return fmt.Errorf("got %q, want %q", got, want)
-		}
+	r := bufio.NewReader(conn)
+	if _, err := redisReply(r); err != nil {
+		return "", err
 	}
-	return nil
+	reply, err := redisReply(r)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", words[0], err)
+	}
+	return reply, nil
+}
+
+func redisReply(r *bufio.Reader) (string, error) {
+	line, err := r.ReadString('\n')
+	if err != nil {
+		return "", err
+	}
+	line = strings.TrimRight(line, "\r\n")
+	switch {
+	case strings.HasPrefix(line, "+"):
+		return line[1:], nil
+	case strings.HasPrefix(line, "$"):
+		n, err := strconv.Atoi(line[1:])
+		if err != nil || n < 0 {
+			return "", fmt.Errorf("unexpected reply %q", line)
+		}
+		b := make([]byte, n+len("\r\n"))
+		if _, err := io.ReadFull(r, b); err != nil {
+			return "", err
+		}
+		return string(b[:n]), nil
+	default:
+		return "", errors.New(strings.TrimPrefix(line, "-"))
+	}
 }
 
 // dial connects to the server, through TLS if it has that from the first byte on.

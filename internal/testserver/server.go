@@ -106,28 +106,48 @@ func (s *Server) launch(ctx context.Context) error {
 }
 
 func (s *Server) awaitReady(ctx context.Context, p *process) error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, readyWithin)
+	ctx, cancel := withReadyLimit(ctx)
+	defer cancel()
+	go func() { // a server that is gone will not get ready
+		select {
+		case <-p.exited:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	err := poll(ctx, func() error {
+		try, cancel := context.WithTimeout(ctx, 2*time.Second)
 		defer cancel()
+		return s.kind.ready(try, s)
+	})
+	if !p.running() {
+		return fmt.Errorf("it ended at once: %v", p.cmd.ProcessState)
 	}
+	return err
+}
+
+// poll tries until it works or ctx ends.
+func poll(ctx context.Context, try func() error) error {
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	for {
-		try, cancel := context.WithTimeout(ctx, 2*time.Second)
-		err := s.kind.ready(try, s)
-		cancel()
-		if err == nil && p.running() {
+		err := try()
+		if err == nil {
 			return nil
 		}
 		select {
-		case <-p.exited:
-			return fmt.Errorf("it ended at once: %v", p.cmd.ProcessState)
 		case <-ctx.Done():
 			return fmt.Errorf("not ready: %w (%w)", ctx.Err(), err)
 		case <-tick.C:
 		}
 	}
+}
+
+func withReadyLimit(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, readyWithin)
 }
 
 // Addr returns the clients' host:port. It stays the same over restarts.
