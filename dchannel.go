@@ -38,7 +38,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"runtime"
 )
 
 // DChannel is a distributed channel as most code needs it. [*Channel] implements it.
@@ -58,9 +57,7 @@ type DChannel interface {
 var _ DChannel = (*Channel)(nil)
 
 // Channel is a handle on a distributed channel. Make one with [Open] or [New].
-//
-// A handle that is no longer used should be detached. One that is forgotten, and
-// collected as garbage, detaches itself.
+// A handle that is no longer used must be detached, if the channel was not closed.
 type Channel struct{ h *handle }
 
 // New returns a handle on the named channel. It does nothing yet: the handle attaches
@@ -68,10 +65,7 @@ type Channel struct{ h *handle }
 // from then on. Publish and Close need no attachment. What is wrong with the
 // arguments is the error of the first call.
 func New(name string, b Backend, opts ...Option) *Channel {
-	h := newHandle(name, b, newOptions(opts))
-	c := &Channel{h}
-	runtime.AddCleanup(c, func(h *handle) { go h.detach() }, h)
-	return c
+	return &Channel{newHandle(name, b, newOptions(opts))}
 }
 
 // Open returns an attached handle on the named channel: everything that anyone
@@ -122,7 +116,6 @@ func (c *Channel) Name() string { return c.h.name }
 // Messages from one goroutine keep their order. Concurrent messages of one process
 // travel together (group commit), so many goroutines publish much faster than one.
 func (c *Channel) Publish(ctx context.Context, msg any) error {
-	defer runtime.KeepAlive(c)
 	return c.h.wrap("publish", c.h.publish(ctx, msg))
 }
 
@@ -130,7 +123,6 @@ func (c *Channel) Publish(ctx context.Context, msg any) error {
 // and returns. It waits only while more than WithQueue's bytes are queued; an error
 // means that the message was not queued. Flush tells what became of the messages.
 func (c *Channel) PublishAsync(ctx context.Context, msg any) error {
-	defer runtime.KeepAlive(c)
 	return c.h.wrap("publish", c.h.publishAsync(ctx, msg))
 }
 
@@ -138,7 +130,6 @@ func (c *Channel) PublishAsync(ctx context.Context, msg any) error {
 // error, if any, tells how many failed since the last Flush, and wraps the first
 // failure.
 func (c *Channel) Flush(ctx context.Context) error {
-	defer runtime.KeepAlive(c)
 	return c.h.wrap("flush", c.h.async.flush(ctx))
 }
 
@@ -152,7 +143,6 @@ func (c *Channel) Flush(ctx context.Context) error {
 // the context's own error, not wrapped, when ctx ends; ErrDetached; or, where the
 // handle could not attach, what Open would return.
 func (c *Channel) Listen(ctx context.Context) (any, error) {
-	defer runtime.KeepAlive(c)
 	m, err := c.h.next(ctx)
 	if err != nil {
 		return nil, err
@@ -162,7 +152,6 @@ func (c *Channel) Listen(ctx context.Context) (any, error) {
 
 // Next is Listen for those who want more than the value.
 func (c *Channel) Next(ctx context.Context) (Message, error) {
-	defer runtime.KeepAlive(c)
 	return c.h.next(ctx)
 }
 
@@ -195,7 +184,6 @@ func (c *Channel) Close() error { return c.CloseContext(context.Background()) }
 
 // CloseContext is Close with a context.
 func (c *Channel) CloseContext(ctx context.Context) error {
-	defer runtime.KeepAlive(c)
 	return c.h.wrap("close", c.h.close(ctx))
 }
 
@@ -208,14 +196,12 @@ func (c *Channel) CloseLockedUntil() error { return nil }
 // of WithTimeout; if that fails it returns false, and Status has the reason. Closed
 // stays closed.
 func (c *Channel) IsClosed() bool {
-	defer runtime.KeepAlive(c)
 	return c.h.isClosed()
 }
 
 // Done returns a channel that is closed when this one is, or when the handle is
 // detached. IsClosed tells which. A handle that is not attached yet begins to attach.
 func (c *Channel) Done() <-chan struct{} {
-	defer runtime.KeepAlive(c)
 	return c.h.done()
 }
 
@@ -224,7 +210,6 @@ func (c *Channel) Done() <-chan struct{} {
 // Flush does, for at most the time of WithTimeout, and returns the same error.
 // Detaching again is nil.
 func (c *Channel) Detach() error {
-	defer runtime.KeepAlive(c)
 	ctx, done := context.WithTimeout(context.Background(), c.h.o.timeout)
 	defer done()
 	c.h.detach()
@@ -233,6 +218,5 @@ func (c *Channel) Detach() error {
 
 // Status describes the handle at this moment.
 func (c *Channel) Status() Status {
-	defer runtime.KeepAlive(c)
 	return c.h.status()
 }

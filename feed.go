@@ -294,11 +294,18 @@ func (f *feed) pop() {
 // evict makes room by dropping the oldest nodes. Handles that had not taken them
 // fall out of the ring and will read from the backend.
 func (f *feed) evict() {
+	known := f.trk.incarnation
 	for f.bytes > f.limit*3/4 && len(f.ring)-f.off > 1 {
+		if g := f.ring[f.off].gap; g != nil && g.Count == 0 {
+			// Who misses this node must learn otherwise that state was lost: no
+			// incarnation will equal this one.
+			known = NewID()
+		}
 		f.pop()
 	}
 	for _, h := range f.handles {
 		if h.inRing && h.cur < f.base {
+			h.trk = &tracker{incarnation: known}
 			f.unring(h)
 		}
 	}
@@ -399,7 +406,8 @@ func (f *feed) headed(h Head, err error) {
 // stale reports, while live, whether h shows that the feed missed something: a head
 // that is merely older than the newest push does not.
 func (f *feed) stale(h Head) bool {
-	return h.Incarnation != f.trk.incarnation || h.Epoch != f.trk.Epoch || h.Seq > f.trk.Seq
+	return h.Incarnation != f.trk.incarnation || h.Epoch != f.trk.Epoch || h.Seq > f.trk.Seq ||
+		h.Seq == f.trk.Seq && h.ID != f.trk.id
 }
 
 // settle goes live if the entries that wait continue at the cursor, and reads on if
@@ -452,7 +460,7 @@ func (f *feed) reader(ctx context.Context) {
 	case <-ctx.Done():
 		return
 	}
-	var b backoff
+	var b, younger backoff
 	for tries := 0; ; {
 		f.mu.Lock()
 		after := f.trk.Position
@@ -476,6 +484,7 @@ func (f *feed) reader(ctx context.Context) {
 			}
 			continue
 		}
+		b = backoff{}
 		atHead := f.trk.page(f.name, p, f.calm(p.Head), f.rewind, f.duplicate, f.put)
 		if f.phase != behind {
 			f.mu.Unlock()
@@ -494,7 +503,7 @@ func (f *feed) reader(ctx context.Context) {
 		// At the head, and yet an entry was pushed that is not there: the read was
 		// older than the push. That passes.
 		if atHead && !progress {
-			if tries++; !b.sleep(ctx) {
+			if tries++; !younger.sleep(ctx) {
 				return
 			}
 		}

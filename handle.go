@@ -10,8 +10,7 @@ import (
 	"github.com/dchannel/dchannel/internal/frame"
 )
 
-// handle is what a Channel points to, apart from it so that a Channel that nobody
-// holds any more can be collected while the feed still knows its handle.
+// handle is a Channel's inside: its life cycle here, its reading in reader.
 type handle struct {
 	name    string
 	backend Backend

@@ -24,7 +24,7 @@ type reader struct {
 	frame  frame.Reader
 	entry  Entry    // the frame's
 	seq    uint64   // of the last record read from frame
-	skip   uint64   // records up to this one were delivered before
+	skip   Position // records of its epoch up to it were delivered before
 	end    cursor   // behind the last node in batch
 	trk    *tracker // while reading from the backend
 	final  error    // what every further Listen returns
@@ -125,7 +125,7 @@ func (h *handle) pop() (m Message, ok bool, err error) {
 				return m, false, h.corrupt(err)
 			}
 			h.seq++
-			if h.seq <= h.skip {
+			if h.seq <= h.skip.Seq && h.entry.Epoch == h.skip.Epoch {
 				continue
 			}
 			if h.seq > h.entry.Seq {
@@ -198,9 +198,6 @@ func (h *handle) take(f *feed) took {
 	case h.detached.Load():
 		return nothing
 	case !h.inRing:
-		if h.trk == nil {
-			h.trk = &tracker{cursor: h.end, incarnation: f.trk.incarnation}
-		}
 		return outOfRing
 	case h.cur == f.end():
 		if f.phase > behind {
@@ -236,9 +233,17 @@ func (h *handle) push(n node) {
 	case n.entry.Epoch == h.end.Epoch && n.entry.Seq <= h.end.Seq:
 		return
 	default:
+		h.startAt(n.entry)
 		h.end = cursorAt(n.entry)
 	}
 	h.batch = append(h.batch, n)
+}
+
+// startAt notes that the handle is in the middle of e, as After can put it there.
+func (h *handle) startAt(e Entry) {
+	if e.Epoch == h.end.Epoch && e.First() <= h.end.Seq {
+		h.skip = h.end.Position
+	}
 }
 
 // readOn reads a page from the backend, for a handle that is not in the ring, and
@@ -258,37 +263,52 @@ func (h *handle) readOn(ctx context.Context, f *feed) error {
 		}
 		return nil
 	}
-	h.pause = backoff{}
 	t := h.trk
 	t.cursor = h.end
-	if !t.fresh && len(p.Entries) > 0 && p.Entries[0].First() <= h.end.Seq {
-		h.skip = h.end.Seq // it began inside a frame
-	} else {
-		h.skip = 0
+	if len(p.Entries) > 0 {
+		h.startAt(p.Entries[0])
 	}
-	atHead := t.page(h.name, p, false,
-		func(h Head) uint64 { return h.Seq },
-		f.repeated,
-		func(n node) { h.batch = append(h.batch, n) })
+	emit := func(n node) { h.batch = append(h.batch, n) }
+	if h.closedElsewhere(f, p.Head, emit) {
+		return nil
+	}
+	atHead := t.page(h.name, p, h.end.Epoch == 0, func(h Head) uint64 { return h.Seq }, f.repeated, emit)
 	h.end = t.cursor
 
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if h.detached.Load() || f.rejoin(h) || !atHead || len(h.batch) > 0 || f.phase > behind {
-		return nil
-	}
-	// At the head of a log that the feed does not know yet.
-	if f.phase == live {
+	back := h.detached.Load() || f.rejoin(h)
+	if !back && atHead && len(h.batch) == 0 && f.phase == live {
+		// The log has a head that the feed does not know.
 		f.lapse()
 		f.read()
 	}
 	f.mu.Unlock()
-	ok := h.pause.sleep(ctx)
-	f.mu.Lock()
-	if !ok {
+	if back || !atHead || len(h.batch) > 0 {
+		h.pause = backoff{}
+	} else if !h.pause.sleep(ctx) {
 		return ctx.Err()
 	}
 	return nil
+}
+
+// closedElsewhere ends a handle that was slow for so long that the closed log, whose
+// end the feed has seen, is gone: nothing of a next log may reach it.
+func (h *handle) closedElsewhere(f *feed, head Head, emit func(node)) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	end := f.trk.Position
+	if f.phase != ended || head.Epoch == end.Epoch {
+		return false
+	}
+	gap := &LostError{Channel: h.name, After: h.end.Position, Next: end, Cause: causeRetention}
+	if h.end.Epoch == end.Epoch {
+		gap.Count = end.Seq - 1 - h.end.Seq
+	}
+	if gap.Count > 0 || h.end.Epoch != end.Epoch {
+		emit(node{gap: gap})
+	}
+	emit(node{entry: Entry{Position: end, Count: 1, Closed: true}})
+	return true
 }
 
 // repeated reports an append that the store did twice: the feed had it earlier.

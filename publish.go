@@ -193,18 +193,17 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 	default:
 	}
 	w.gone = true
-	cause := ctx.Err()
-	if b.last != nil {
-		cause = fmt.Errorf("%w (%w)", cause, b.last)
-	}
-	if b.sent {
-		if !errors.Is(cause, ErrUncertain) {
-			cause = fmt.Errorf("%w: %w", ErrUncertain, certainly(cause))
-		}
-		return cause
+	switch {
+	case b.sent && b.last != nil:
+		return fmt.Errorf("%w: %w (%w)", ErrUncertain, ctx.Err(), certainly(b.last))
+	case b.sent:
+		return fmt.Errorf("%w: %w", ErrUncertain, ctx.Err())
 	}
 	p.takeBack(b, w)
-	return cause
+	if b.last != nil {
+		return fmt.Errorf("%w (%w)", ctx.Err(), b.last)
+	}
+	return ctx.Err()
 }
 
 // takeBack removes w's message from b, which was surely not sent.

@@ -80,7 +80,7 @@ func (h *handle) status() Status {
 	default:
 		s.State, s.Reason = StateLive, nil
 	}
-	if s.Head.Epoch == s.Position.Epoch && s.Head.Seq > s.Position.Seq {
+	if (s.Position.Epoch == s.Head.Epoch || s.Position.Epoch == 0) && s.Head.Seq > s.Position.Seq {
 		s.Lag = s.Head.Seq - s.Position.Seq
 	}
 	return s

@@ -70,7 +70,7 @@ type tracker struct {
 const (
 	causeRetention = "older than what the backend retains"
 	causeState     = "the backend lost its state, or may have lost the end of it"
-	causeReplaced  = "the log ended and a new one began while the connection was down"
+	causeReplaced  = "the log ended and a new one began meanwhile"
 	causeFork      = "the log was rewound and written anew"
 )
 
@@ -113,7 +113,8 @@ func (t *tracker) page(name string, p Page, calm bool, rewind func(Head) uint64,
 		if stateLost && len(p.Entries) > 0 {
 			t.Seq = p.Entries[0].First() - 1 // what is gone below is part of that loss
 		}
-	case h.Seq < t.Seq || len(p.Entries) > 0 && t.judge(p.Entries[0]) == isFork:
+	case h.Seq < t.Seq, h.Seq == t.Seq && t.id != ID{} && h.ID != t.id,
+		len(p.Entries) > 0 && t.judge(p.Entries[0]) == isFork:
 		cause := causeFork
 		if stateLost {
 			cause = causeState
