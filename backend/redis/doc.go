@@ -55,8 +55,8 @@
 //
 // A user for this package needs no more than this, for namespace "dchannel":
 //
-//	user app on >secret ~{dchannel/0}:* &{dchannel/0}:* resetchannels &{dchannel/0}:* +@connection
-//	  +evalsha +eval +subscribe +unsubscribe +publish +ping +info +time
+//	user app on >secret ~{dchannel/0}:* resetchannels &{dchannel/0}:* +@connection
+//	  +evalsha +eval +subscribe +unsubscribe +publish +info +time
 //	  +get +set +mget +unlink +del +pttl +pexpire +xadd +xrange +xrevrange
 //
 // # Cluster

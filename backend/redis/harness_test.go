@@ -9,6 +9,7 @@ import (
 	"time"
 
 	goredis "github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -18,7 +19,10 @@ import (
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goredis.SetLogger(&logging.VoidLogger{}) // it writes a line for each refused connection
+	goleak.VerifyTestMain(m)
+}
 
 // within is how long anything may take that has no time of its own.
 const within = 20 * time.Second
