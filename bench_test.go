@@ -31,7 +31,7 @@ func benchmarkFanOut(b *testing.B, backend dchannel.Backend, listeners int) {
 			b.Fatal(err)
 		}
 		wg.Go(func() {
-			defer ch.Detach()
+			defer func() { _ = ch.Detach() }()
 			for range b.N {
 				if _, err := ch.Next(ctx); err != nil {
 					b.Error(err)
@@ -41,7 +41,7 @@ func benchmarkFanOut(b *testing.B, backend dchannel.Backend, listeners int) {
 		})
 	}
 	p := dchannel.New("bench", backend)
-	defer p.Detach()
+	defer func() { _ = p.Detach() }()
 	msg := make([]byte, 128)
 	b.ReportAllocs()
 	b.ResetTimer()

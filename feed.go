@@ -412,11 +412,11 @@ func (f *feed) stale(h Head) bool {
 
 // settle goes live if the entries that wait continue at the cursor, and reads on if
 // they do not.
-func (f *feed) settle() bool {
+func (f *feed) settle() {
 	if f.recheck || f.spilled {
 		f.recheck, f.spilled = false, false
 		f.read()
-		return false
+		return
 	}
 	waiting := f.pending
 	f.pending = nil
@@ -426,13 +426,12 @@ func (f *feed) settle() bool {
 		f.accept(e)
 		if f.phase == behind {
 			f.pending = append(f.pending, waiting[i+1:]...)
-			return false
+			return
 		}
 		if f.phase != live {
-			return true
+			return
 		}
 	}
-	return true
 }
 
 // catchUp reads what is missing below e, which waits.

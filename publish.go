@@ -26,6 +26,7 @@ type publisher struct {
 	queue []*batch
 	bytes int           // in the queue and under way
 	space chan struct{} // closed when bytes fall; made on demand
+	free  []*waiter
 }
 
 // softFrame is the size at which a frame takes no further message. Measured on
@@ -58,7 +59,22 @@ type waiter struct {
 	gone   bool       // the caller left
 }
 
-var waiters = sync.Pool{New: func() any { return &waiter{done: make(chan error, 1)} }}
+// maxFree bounds how many waiters a publisher keeps for reuse.
+const maxFree = 64
+
+// waiter returns one to use. p.mu is held.
+//
+// They are kept here and not in a sync.Pool because a channel made in one
+// testing/synctest bubble must not come up in another.
+func (p *publisher) waiter() *waiter {
+	n := len(p.free)
+	if n == 0 {
+		return &waiter{done: make(chan error, 1)}
+	}
+	w := p.free[n-1]
+	p.free = p.free[:n-1]
+	return w
+}
 
 // asyncShare counts a handle's asynchronous messages in a batch.
 type asyncShare struct {
@@ -79,11 +95,11 @@ func (p *publisher) send(ctx context.Context, h *handle, r frame.Record) error {
 			return p.retry(ctx, h, b, err)
 		}
 	}
-	w := waiters.Get().(*waiter)
 	p.mu.Lock()
+	w := p.waiter()
 	var b *batch
 	b, w.n = p.add(r, h.o.timeout)
-	w.off, w.gone = len(b.data)-w.n, false
+	w.off = len(b.data) - w.n
 	b.waiters = append(b.waiters, w)
 	p.launch()
 	p.mu.Unlock()
@@ -92,12 +108,12 @@ func (p *publisher) send(ctx context.Context, h *handle, r frame.Record) error {
 
 // retry lines b up, whose first attempt, outside the queue, ended with err.
 func (p *publisher) retry(ctx context.Context, h *handle, b batch, err error) error {
-	w := waiters.Get().(*waiter)
-	w.off, w.n, w.gone = 1, len(b.data)-1, false
+	p.mu.Lock()
+	w := p.waiter()
+	w.off, w.n = 1, len(b.data)-1
 	b.began, b.last, b.sent = time.Now(), err, errors.Is(err, ErrUncertain)
 	b.timeout = h.o.timeout
 	b.waiters = []*waiter{w}
-	p.mu.Lock()
 	p.queue = append(p.queue, &b)
 	p.bytes += w.n
 	p.launch()
@@ -136,8 +152,8 @@ func (p *publisher) sendAsync(ctx context.Context, h *handle, r frame.Record) er
 
 // close marks the channel closed, behind everything that is queued.
 func (p *publisher) close(ctx context.Context, h *handle) error {
-	w := waiters.Get().(*waiter)
 	p.mu.Lock()
+	w := p.waiter()
 	b := &batch{id: NewID(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
 	p.queue = append(p.queue, b)
 	p.launch()
@@ -181,7 +197,11 @@ func (p *publisher) launch() {
 func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 	select {
 	case err := <-w.done:
-		waiters.Put(w)
+		p.mu.Lock()
+		if len(p.free) < maxFree {
+			p.free = append(p.free, w)
+		}
+		p.mu.Unlock()
 		return err
 	case <-ctx.Done():
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 
 	goredis "github.com/redis/go-redis/v9"
 
@@ -16,6 +17,9 @@ type driver struct {
 	connect func(ctx context.Context, addr string) (b dchannel.Backend, stop func(), err error)
 }
 
+// quiet: the demo says itself when it cuts.
+var quiet = slog.New(slog.DiscardHandler)
+
 var drivers = map[string]driver{
 	"redis": {
 		start: func(ctx context.Context) (*testserver.Server, error) {
@@ -23,7 +27,7 @@ var drivers = map[string]driver{
 		},
 		connect: func(_ context.Context, addr string) (dchannel.Backend, func(), error) {
 			client := goredis.NewClient(&goredis.Options{Addr: addr})
-			b := redis.New(client)
+			b := redis.New(client, redis.WithLogger(quiet))
 			return b, func() { _ = b.Close(); _ = client.Close() }, nil
 		},
 	},

@@ -152,7 +152,10 @@ func (st *stage) spawn(ctx context.Context, a *actor, role string) error {
 		for lines.Scan() {
 			if lines.Text() == readyLine {
 				close(a.isReady)
-			} else if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
+				continue
+			}
+			r = report{}
+			if err := json.Unmarshal(lines.Bytes(), &r); err != nil {
 				r.Error = fmt.Sprintf("said %q", lines.Text())
 			}
 		}

@@ -71,7 +71,7 @@ func FuzzReader(f *testing.F) {
 		}
 		again, err := decode(encode(recs))
 		require.NoError(t, err)
-		require.Equal(t, len(recs), len(again))
+		require.Len(t, again, len(recs))
 		for i := range recs {
 			require.Equal(t, string(recs[i].Payload), string(again[i].Payload))
 		}
