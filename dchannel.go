@@ -143,7 +143,7 @@ func (c *Channel) Flush(ctx context.Context) error {
 // the context's own error, not wrapped, when ctx ends; ErrDetached; or, where the
 // handle could not attach, what Open would return.
 func (c *Channel) Listen(ctx context.Context) (any, error) {
-	m, err := c.h.next(ctx)
+	m, err := c.h.reader().next(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -152,7 +152,7 @@ func (c *Channel) Listen(ctx context.Context) (any, error) {
 
 // Next is Listen for those who want more than the value.
 func (c *Channel) Next(ctx context.Context) (Message, error) {
-	return c.h.next(ctx)
+	return c.h.reader().next(ctx)
 }
 
 // Messages returns an iterator over the messages, which ends when the channel is

@@ -357,6 +357,7 @@ func (f *feed) attach(ctx context.Context) {
 			return
 		}
 		if err == nil {
+			f.cancel()
 			f.sub, f.conn, f.cancel = sub, StateLive, nil
 			f.s.heads.ask(f)
 			f.mu.Unlock()

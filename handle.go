@@ -10,7 +10,7 @@ import (
 	"github.com/dchannel/dchannel/internal/frame"
 )
 
-// handle is a Channel's inside: its life cycle here, its reading in reader.
+// handle is a Channel's inside: its life cycle here, its listening in listen.go.
 type handle struct {
 	name    string
 	backend Backend
@@ -30,7 +30,8 @@ type handle struct {
 	ended  chan struct{}
 	isOver bool
 
-	reader
+	spot
+	reading atomic.Pointer[reader]
 
 	async     asyncState
 	published atomic.Uint64
@@ -43,7 +44,6 @@ func newHandle(name string, b Backend, o *options) *handle {
 	return &handle{
 		name: name, backend: b, o: o,
 		invalid: errors.Join(checkName(name), checkBackend(b), o.err),
-		reader:  reader{turn: make(chan struct{}, 1), roused: make(chan struct{}, 1)},
 	}
 }
 

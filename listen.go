@@ -8,15 +8,26 @@ import (
 	"github.com/dchannel/dchannel/internal/frame"
 )
 
-// reader is a handle's place in the channel.
-type reader struct {
-	turn   chan struct{} // held by the one Listen that reads; 1 buffered
-	roused chan struct{} // 1 buffered: look again
-
+// spot is a handle's place in the channel.
+type spot struct {
 	// Under the feed's lock:
 	inRing bool
 	asleep bool
 	cur    uint64 // index of the next node, while inRing
+
+	// Held by the reader's turn, once there is a reader:
+	end cursor   // behind the last node that was taken
+	trk *tracker // while reading from the backend
+
+	at place // of the last record delivered
+}
+
+// reader is what a handle needs to return messages, apart from it because many a
+// handle only publishes, or waits for the close: it is made by the first Listen.
+type reader struct {
+	*handle
+	turn   chan struct{} // held by the one Listen that reads; 1 buffered
+	roused chan struct{} // 1 buffered: look again
 
 	// Held by turn:
 	batch  []node // taken from the ring, or read
@@ -25,12 +36,19 @@ type reader struct {
 	entry  Entry    // the frame's
 	seq    uint64   // of the last record read from frame
 	skip   Position // records of its epoch up to it were delivered before
-	end    cursor   // behind the last node in batch
-	trk    *tracker // while reading from the backend
 	final  error    // what every further Listen returns
 	pause  backoff  // of reads that failed
+}
 
-	at place // of the last record delivered
+// reader returns the handle's, and makes it if there is none yet.
+func (h *handle) reader() *reader {
+	if r := h.reading.Load(); r != nil {
+		return r
+	}
+	h.reading.CompareAndSwap(nil, &reader{
+		handle: h, turn: make(chan struct{}, 1), roused: make(chan struct{}, 1),
+	})
+	return h.reading.Load()
 }
 
 const (
@@ -45,60 +63,62 @@ const (
 )
 
 // rouse makes a sleeping reader look again.
-func (r *reader) rouse() {
-	select {
-	case r.roused <- struct{}{}:
-	default:
+func (h *handle) rouse() {
+	if r := h.reading.Load(); r != nil {
+		select {
+		case r.roused <- struct{}{}:
+		default:
+		}
 	}
 }
 
 // next returns the next message.
-func (h *handle) next(ctx context.Context) (m Message, err error) {
+func (r *reader) next(ctx context.Context) (m Message, err error) {
 	if err := ctx.Err(); err != nil {
 		return m, err
 	}
 	select {
-	case h.turn <- struct{}{}:
+	case r.turn <- struct{}{}:
 	default:
 		select {
-		case h.turn <- struct{}{}:
+		case r.turn <- struct{}{}:
 		case <-ctx.Done():
 			return m, ctx.Err()
 		}
 	}
-	defer func() { <-h.turn }()
-	if h.final != nil && !h.detached.Load() {
-		return m, h.final
+	defer func() { <-r.turn }()
+	if r.final != nil && !r.detached.Load() {
+		return m, r.final
 	}
-	f, err := h.attach(ctx)
+	f, err := r.attach(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			return m, ctx.Err()
 		}
-		return m, h.wrap("listen", err)
+		return m, r.wrap("listen", err)
 	}
 	for {
-		if h.detached.Load() {
-			h.rouse() // the next one in turn
-			return m, h.wrap("listen", ErrDetached)
+		if r.detached.Load() {
+			r.rouse() // the next one in turn
+			return m, r.wrap("listen", ErrDetached)
 		}
-		if m, ok, err := h.pop(); ok || err != nil {
+		if m, ok, err := r.pop(); ok || err != nil {
 			return m, err
 		}
-		switch h.take(f) {
+		switch r.take(f) {
 		case taken:
 			continue
 		case outOfRing:
-			err = h.readOn(ctx, f)
+			err = r.readOn(ctx, f)
 		case nothing:
 			select {
-			case <-h.roused:
+			case <-r.roused:
 			case <-ctx.Done():
 				err = ctx.Err()
 			}
 		case noMore:
-			h.final = h.wrap("listen", f.verdict())
-			err = h.final
+			r.final = r.wrap("listen", f.verdict())
+			err = r.final
 		}
 		if err != nil {
 			return m, err
@@ -117,68 +137,68 @@ func (f *feed) verdict() error {
 }
 
 // pop returns the next message of the batch; ok is false if there is none.
-func (h *handle) pop() (m Message, ok bool, err error) {
+func (r *reader) pop() (m Message, ok bool, err error) {
 	for {
-		for h.frame.More() {
-			rec, err := h.frame.Next()
+		for r.frame.More() {
+			rec, err := r.frame.Next()
 			if err != nil {
-				return m, false, h.corrupt(err)
+				return m, false, r.corrupt(err)
 			}
-			h.seq++
-			if h.seq <= h.skip.Seq && h.entry.Epoch == h.skip.Epoch {
+			r.seq++
+			if r.seq <= r.skip.Seq && r.entry.Epoch == r.skip.Epoch {
 				continue
 			}
-			if h.seq > h.entry.Seq {
-				h.frame = frame.Reader{}
+			if r.seq > r.entry.Seq {
+				r.frame = frame.Reader{}
 				break
 			}
-			at := Position{h.entry.Epoch, h.seq}
-			h.at.store(at)
-			h.received.Add(1)
-			return Message{Position: at, Time: time.UnixMilli(h.entry.Time), rec: rec, codec: h.o.codec}, true, nil
+			at := Position{r.entry.Epoch, r.seq}
+			r.at.store(at)
+			r.received.Add(1)
+			return Message{Position: at, Time: time.UnixMilli(r.entry.Time), rec: rec, codec: r.o.codec}, true, nil
 		}
-		if h.seq < h.entry.Seq {
-			return m, false, h.corrupt(fmt.Errorf("%w: records are missing", frame.ErrCorrupt))
+		if r.seq < r.entry.Seq {
+			return m, false, r.corrupt(fmt.Errorf("%w: records are missing", frame.ErrCorrupt))
 		}
-		if h.popped == len(h.batch) {
-			h.popped, h.batch = 0, h.batch[:0]
-			if cap(h.batch) > keepNodes {
-				h.batch = nil
+		if r.popped == len(r.batch) {
+			r.popped, r.batch = 0, r.batch[:0]
+			if cap(r.batch) > keepNodes {
+				r.batch = nil
 			}
 			return m, false, nil
 		}
-		n := h.batch[h.popped]
-		h.batch[h.popped] = node{}
-		h.popped++
+		n := r.batch[r.popped]
+		r.batch[r.popped] = node{}
+		r.popped++
 		switch {
 		case n.gap != nil:
-			if h.lost.Add(n.gap.Count); n.gap.Count == 0 {
-				h.unknown.Add(1)
+			if r.lost.Add(n.gap.Count); n.gap.Count == 0 {
+				r.unknown.Add(1)
 			}
 			gap := *n.gap // each listener's own
 			return m, false, &gap
 		case n.entry.Closed:
-			h.final = h.wrap("listen", ErrChanClosed)
-			h.at.store(n.entry.Position)
-			h.sawClose()
-			return m, false, h.final
+			r.final = r.wrap("listen", ErrChanClosed)
+			r.at.store(n.entry.Position)
+			r.sawClose()
+			return m, false, r.final
 		}
-		h.entry, h.seq = n.entry, n.entry.First()-1
-		if h.frame, err = frame.Open(n.entry.Data); err != nil {
-			return m, false, h.corrupt(err)
+		r.entry, r.seq = n.entry, n.entry.First()-1
+		if r.frame, err = frame.Open(n.entry.Data); err != nil {
+			return m, false, r.corrupt(err)
 		}
 	}
 }
 
 // corrupt skips the rest of the present frame and says so.
-func (h *handle) corrupt(cause error) error {
-	h.frame = frame.Reader{}
-	after := h.seq
-	n := h.entry.Seq - after
-	h.seq = h.entry.Seq
-	h.lost.Add(n)
-	return h.wrap("listen", fmt.Errorf("%w: %d messages after %v: %w",
-		ErrCodec, n, Position{h.entry.Epoch, after}, cause))
+func (r *reader) corrupt(cause error) error {
+	r.frame = frame.Reader{}
+	after := r.seq
+	n := r.entry.Seq - after
+	r.seq = r.entry.Seq
+	r.lost.Add(n)
+	return r.wrap("listen", fmt.Errorf("%w: %d messages after %v: %w",
+		ErrCodec, n, Position{r.entry.Epoch, after}, cause))
 }
 
 type took uint8
@@ -191,31 +211,31 @@ const (
 )
 
 // take moves nodes from the ring into the batch.
-func (h *handle) take(f *feed) took {
+func (r *reader) take(f *feed) took {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	switch {
-	case h.detached.Load():
+	case r.detached.Load():
 		return nothing
-	case !h.inRing:
+	case !r.inRing:
 		return outOfRing
-	case h.cur == f.end():
+	case r.cur == f.end():
 		if f.phase > behind {
 			return noMore
 		}
-		if !h.asleep {
-			h.asleep = true
-			f.sleeping = append(f.sleeping, h)
+		if !r.asleep {
+			r.asleep = true
+			f.sleeping = append(f.sleeping, r.handle)
 		}
 		return nothing
 	}
 	bytes := 0
-	for h.cur < f.end() && len(h.batch) < takeNodes && bytes < takeBytes {
-		n := &f.ring[f.off+int(h.cur-f.base)]
+	for r.cur < f.end() && len(r.batch) < takeNodes && bytes < takeBytes {
+		n := &f.ring[f.off+int(r.cur-f.base)]
 		bytes += n.size()
-		h.cur++
+		r.cur++
 		n.refs--
-		h.push(*n)
+		r.push(*n)
 	}
 	f.sweep()
 	return taken
@@ -223,69 +243,69 @@ func (h *handle) take(f *feed) took {
 
 // push appends a node to the batch, unless the handle had it before it came back
 // to the ring.
-func (h *handle) push(n node) {
+func (r *reader) push(n node) {
 	switch {
 	case n.gap != nil:
-		if n.gap.Next.Epoch == h.end.Epoch && n.gap.Next.Seq <= h.end.Seq {
+		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq {
 			return
 		}
-		h.end = cursor{Position: Position{n.gap.Next.Epoch, n.gap.Next.Seq - 1}}
-	case n.entry.Epoch == h.end.Epoch && n.entry.Seq <= h.end.Seq:
+		r.end = cursor{Position: Position{n.gap.Next.Epoch, n.gap.Next.Seq - 1}}
+	case n.entry.Epoch == r.end.Epoch && n.entry.Seq <= r.end.Seq:
 		return
 	default:
-		h.startAt(n.entry)
-		h.end = cursorAt(n.entry)
+		r.startAt(n.entry)
+		r.end = cursorAt(n.entry)
 	}
-	h.batch = append(h.batch, n)
+	r.batch = append(r.batch, n)
 }
 
 // startAt notes that the handle is in the middle of e, as After can put it there.
-func (h *handle) startAt(e Entry) {
-	if e.Epoch == h.end.Epoch && e.First() <= h.end.Seq {
-		h.skip = h.end.Position
+func (r *reader) startAt(e Entry) {
+	if e.Epoch == r.end.Epoch && e.First() <= r.end.Seq {
+		r.skip = r.end.Position
 	}
 }
 
 // readOn reads a page from the backend, for a handle that is not in the ring, and
 // goes back to the ring if it can.
-func (h *handle) readOn(ctx context.Context, f *feed) error {
+func (r *reader) readOn(ctx context.Context, f *feed) error {
 	call, done := context.WithTimeout(ctx, attempt)
-	p, err := h.backend.Read(call, h.name, h.end.Position, lagPage)
+	p, err := r.backend.Read(call, r.name, r.end.Position, lagPage)
 	done()
 	if err != nil {
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case final(err):
-			return h.wrap("listen", err)
-		case !h.pause.sleep(ctx):
+			return r.wrap("listen", err)
+		case !r.pause.sleep(ctx):
 			return ctx.Err()
 		}
 		return nil
 	}
-	t := h.trk
-	t.cursor = h.end
+	t := r.trk
+	t.cursor = r.end
 	if len(p.Entries) > 0 {
-		h.startAt(p.Entries[0])
+		r.startAt(p.Entries[0])
 	}
-	emit := func(n node) { h.batch = append(h.batch, n) }
-	if h.closedElsewhere(f, p.Head, emit) {
+	emit := func(n node) { r.batch = append(r.batch, n) }
+	if r.closedElsewhere(f, p.Head, emit) {
 		return nil
 	}
-	atHead := t.page(h.name, p, h.end.Epoch == 0, func(h Head) uint64 { return h.Seq }, f.repeated, emit)
-	h.end = t.cursor
+	atHead := t.page(r.name, p, r.end.Epoch == 0, func(h Head) uint64 { return h.Seq }, f.repeated, emit)
+	r.end = t.cursor
 
 	f.mu.Lock()
-	back := h.detached.Load() || f.rejoin(h)
-	if !back && atHead && len(h.batch) == 0 && f.phase == live {
+	back := r.detached.Load() || f.rejoin(r.handle)
+	if !back && atHead && len(r.batch) == 0 && f.phase == live {
 		// The log has a head that the feed does not know.
 		f.lapse()
 		f.read()
 	}
 	f.mu.Unlock()
-	if back || !atHead || len(h.batch) > 0 {
-		h.pause = backoff{}
-	} else if !h.pause.sleep(ctx) {
+	if back || !atHead || len(r.batch) > 0 {
+		r.pause = backoff{}
+	} else if !r.pause.sleep(ctx) {
 		return ctx.Err()
 	}
 	return nil
@@ -293,18 +313,18 @@ func (h *handle) readOn(ctx context.Context, f *feed) error {
 
 // closedElsewhere ends a handle that was slow for so long that the closed log, whose
 // end the feed has seen, is gone: nothing of a next log may reach it.
-func (h *handle) closedElsewhere(f *feed, head Head, emit func(node)) bool {
+func (r *reader) closedElsewhere(f *feed, head Head, emit func(node)) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	end := f.trk.Position
 	if f.phase != ended || head.Epoch == end.Epoch {
 		return false
 	}
-	gap := &LostError{Channel: h.name, After: h.end.Position, Next: end, Cause: causeRetention}
-	if h.end.Epoch == end.Epoch {
-		gap.Count = end.Seq - 1 - h.end.Seq
+	gap := &LostError{Channel: r.name, After: r.end.Position, Next: end, Cause: causeRetention}
+	if r.end.Epoch == end.Epoch {
+		gap.Count = end.Seq - 1 - r.end.Seq
 	}
-	if gap.Count > 0 || h.end.Epoch != end.Epoch {
+	if gap.Count > 0 || r.end.Epoch != end.Epoch {
 		emit(node{gap: gap})
 	}
 	emit(node{entry: Entry{Position: end, Count: 1, Closed: true}})
