@@ -90,7 +90,7 @@ func (b *Backend) tryAppend(ctx context.Context, c *channel, e dchannel.Entry, a
 		return dchannel.Position{}, fresh, fmt.Errorf("%w: nats", dchannel.ErrChanClosed)
 	}
 	begin := !t.log(now)
-	if begin && !fresh {
+	if begin && !fresh && t.place > 0 { // was it extended since?
 		return dchannel.Position{}, true, errLookAgain
 	}
 	if begin {
@@ -120,7 +120,7 @@ func (b *Backend) tryAppend(ctx context.Context, c *channel, e dchannel.Entry, a
 
 	place, err := b.publish(ctx, m)
 	if err != nil {
-		if isUncertain(err) {
+		if isUncertain(err) && !begin {
 			c.doubt(e.ID, e.Epoch)
 		}
 		c.invalidate()

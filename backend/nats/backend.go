@@ -125,7 +125,7 @@ func (b *Backend) remove(ctx context.Context, name string) error {
 
 // Close implements [dchannel.Backend].
 func (b *Backend) Close() error {
-	b.shut(errClosed, dchannel.ErrBackendClosed)
+	b.shut(errClosed)
 	// Everything ends at once, except a write of the client to a dead peer.
 	done := make(chan struct{})
 	go func() { b.work.Wait(); close(done) }()
@@ -137,7 +137,7 @@ func (b *Backend) Close() error {
 }
 
 // shut ends the backend, for Close or because the connection was closed.
-func (b *Backend) shut(err, reason error) {
+func (b *Backend) shut(err error) {
 	b.closeOnce.Do(func() {
 		b.startMu.Lock()
 		b.closeErr = err
@@ -147,17 +147,11 @@ func (b *Backend) shut(err, reason error) {
 		if !running {
 			return
 		}
-		b.wire.setDown(err, err)
-		b.subsMu.Lock()
-		subs := make([]*subscription, 0, len(b.subs))
-		for _, s := range b.subs {
-			subs = append(subs, s)
-		}
-		b.subsMu.Unlock()
-		for _, s := range subs {
-			s.state(dchannel.StateFailed, reason)
+		for _, s := range b.subscriptions() {
+			s.state(dchannel.StateFailed, err)
 			s.Close()
 		}
+		b.wire.end(err) // after what those have queued
 	})
 }
 

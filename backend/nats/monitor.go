@@ -14,7 +14,7 @@ import (
 // channels. startMu is held.
 func (b *Backend) run() {
 	b.wire = newWire(b.conn)
-	b.work.Go(func() { b.wire.queue.run(b.closed) })
+	b.work.Go(func() { b.wire.queue.run(b.wire.stop) })
 	b.work.Go(b.monitor)
 	b.work.Go(b.dispatch)
 	b.work.Go(b.trimmer)
@@ -36,7 +36,7 @@ func (b *Backend) monitor() {
 	if err != nil { // a closed connection: the look says so
 		b.wire.setDown(err, err)
 	}
-	defer func() { _ = sub.Unsubscribe() }() //nolint:errcheck // only a closed connection fails, and has none
+	defer func() { _ = sub.Unsubscribe() }() // only a closed connection fails, and has none
 	m.look()
 	close(b.looked)
 	probe := time.NewTicker(b.opt.probeInterval)
@@ -108,7 +108,7 @@ func (m *monitor) probeWith(ok func()) {
 		m.wentDown(fmt.Errorf("nats: no sign of life in %v", m.b.opt.probeTimeout))
 		// What was sent and not answered is lost with the old connection, and a
 		// closed connection says no here: its status event is on the way.
-		_ = m.b.conn.ForceReconnect() //nolint:errcheck // see above
+		_ = m.b.conn.ForceReconnect()
 	default: // cut meanwhile: its event is on the way
 		m.wentDown(errCut)
 	}
@@ -153,5 +153,5 @@ func (m *monitor) closed() {
 		reason = natsgo.ErrConnectionClosed
 	}
 	err := fmt.Errorf("%w: %w: %w", dchannel.ErrBackendClosed, natsgo.ErrConnectionClosed, reason)
-	m.b.shut(err, err)
+	m.b.shut(err)
 }

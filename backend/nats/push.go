@@ -135,7 +135,7 @@ func (s *subscription) Close() {
 		sub := s.sub
 		s.mu.Unlock()
 		if sub != nil { // what comes before this in the queue has set it
-			_ = sub.Unsubscribe() //nolint:errcheck // only a closed connection fails, and has none
+			_ = sub.Unsubscribe() // only a closed connection fails, and has none
 		}
 	})
 }

@@ -174,7 +174,7 @@ func (b *Backend) pageOf(ctx context.Context, c *call) ([]record, bool, error) {
 
 func (b *Backend) startGet(req getRequest) *call {
 	m := natsgo.NewMsg("$JS.API.DIRECT.GET." + b.names.stream)
-	m.Data, _ = json.Marshal(req) //nolint:errcheck,errchkjson // strings and numbers
+	m.Data, _ = json.Marshal(req) // strings and numbers: it cannot fail
 	return b.wire.start(m, batch)
 }
 

@@ -72,7 +72,7 @@ func header(m *natsgo.Msg, key string) string {
 }
 
 func number(m *natsgo.Msg, key string) uint64 {
-	n, _ := strconv.ParseUint(header(m, key), 10, 64) //nolint:errcheck // absent and broken are 0 alike
+	n, _ := strconv.ParseUint(header(m, key), 10, 64) // absent and broken are 0 alike
 	return n
 }
 

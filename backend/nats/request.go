@@ -24,10 +24,12 @@ type wire struct {
 
 	mu      sync.Mutex
 	down    error // why requests cannot be sent now; nil when they can
+	ended   bool  // for good
 	pending map[string]*call
 	next    uint64
 
 	queue queue
+	stop  chan struct{}
 }
 
 // answerTimeout bounds the wait for the next answer on a connection that is fine: a
@@ -36,7 +38,7 @@ const answerTimeout = 5 * time.Second
 
 func newWire(conn *natsgo.Conn) *wire {
 	return &wire{conn: conn, prefix: conn.NewInbox() + ".", pending: make(map[string]*call), down: errNotConnected,
-		queue: queue{wake: make(chan struct{}, 1)}}
+		queue: queue{wake: make(chan struct{}, 1)}, stop: make(chan struct{})}
 }
 
 // call is one request under way.
@@ -172,7 +174,8 @@ func (w *wire) lookForRefusal(c *call) {
 // subject is not permitted. Each one is a value of its own, and so `before` tells.
 func refusal(conn *natsgo.Conn, before error, subject string) error {
 	err := conn.LastError()
-	if err == nil || before == err || !errors.Is(err, natsgo.ErrPermissionViolation) || !strings.Contains(err.Error(), `"`+subject+`"`) {
+	same := before == err //nolint:errorlint // this very value, not the like of it
+	if err == nil || same || !errors.Is(err, natsgo.ErrPermissionViolation) || !strings.Contains(err.Error(), `"`+subject+`"`) {
 		return nil
 	}
 	return fmt.Errorf("nats: not permitted: %q: %w", subject, natsgo.ErrPermissionViolation)
@@ -217,6 +220,21 @@ func (w *wire) answer(m *natsgo.Msg) {
 func (w *wire) setDown(why, cut error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if !w.ended {
+		w.fail(why, cut)
+	}
+}
+
+// end is setDown for good.
+func (w *wire) end(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fail(err, err)
+	w.ended = true
+	close(w.stop)
+}
+
+func (w *wire) fail(why, cut error) {
 	w.down = why
 	if why == nil {
 		return

@@ -21,7 +21,7 @@ type channel struct {
 	coarse   []mark // one in stride, over the retention
 	ends     []mark // where reads ended: the next one usually goes on there
 	counted  int
-	doubtful map[dchannel.ID]uint64 // appends without an answer → the log's epoch at the time
+	doubtful map[dchannel.ID]uint64 // appends without an answer → the epoch of the log that they were for
 	trimAt   time.Time
 	used     time.Time
 	pinned   int // subscriptions
@@ -117,11 +117,12 @@ func (c *channel) byID(id dchannel.ID, life uint64) (dchannel.Position, bool) {
 	return dchannel.Position{}, false
 }
 
-// known returns the tail if it was learnt in this life of the connection.
+// known returns the tail if it was learnt in this life of the connection. That
+// there is none can be known, too.
 func (c *channel) known(life uint64) (tail, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.tail, c.life == life && c.tail.place > 0
+	return c.tail, c.life == life && (c.tail.place > 0 || c.from.upTo > 0)
 }
 
 // basis is what a tail that was read rests on: it is the last message of its
