@@ -3,11 +3,16 @@ package redis
 import (
 	"context"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	goredis "github.com/redis/go-redis/v9"
+
+	"github.com/dchannel/dchannel"
+	"github.com/dchannel/dchannel/internal/entry"
 )
 
 // neverDial is passed to go-redis' PubSub for everything behind the first
@@ -25,11 +30,47 @@ var neverDial = func() context.Context {
 type conn struct {
 	ps       *goredis.PubSub
 	received atomic.Uint64 // counts what was read
+	halves   map[string]half
 	pong     chan struct{} // holds a token when a probe came back
 	lost     chan struct{} // closed by drop
 
 	once sync.Once
 	err  error // why it was dropped; set before lost is closed
+}
+
+// half is a large entry whose header has come and whose data has not: the append
+// script publishes them one after the other, because to join them costs it more than
+// all the rest.
+type half struct {
+	e    dchannel.Entry
+	size int
+}
+
+// parse takes one pushed message. whole tells whether e is complete with it.
+func (c *conn) parse(key, payload string) (e dchannel.Entry, whole bool, err error) {
+	if h, ok := c.halves[key]; ok {
+		delete(c.halves, key)
+		if len(payload) != h.size {
+			return e, false, fmt.Errorf("%w: %d bytes of data, announced were %d", entry.ErrForeign, len(payload), h.size)
+		}
+		h.e.Data = bytesOf(payload)
+		return h.e, true, nil
+	}
+	rest, split := strings.CutPrefix(payload, "S")
+	if !split {
+		e, err = entry.Parse(bytesOf(payload))
+		return e, true, err
+	}
+	text, header, _ := strings.Cut(rest, " ")
+	size, err := strconv.Atoi(text)
+	if err != nil {
+		return e, false, fmt.Errorf("%w: no size", entry.ErrForeign)
+	}
+	if e, err = entry.Parse(bytesOf(header)); err != nil {
+		return e, false, err
+	}
+	c.halves[key] = half{e, size}
+	return e, false, nil
 }
 
 // drop ends the connection, for the first reason given.
@@ -65,7 +106,12 @@ func (s *session) connect() (*conn, error) {
 	}
 	go func() {
 		defer s.b.running.Done()
-		c := &conn{ps: s.b.client.Subscribe(ctx), pong: make(chan struct{}, 1), lost: make(chan struct{})}
+		c := &conn{
+			ps:     s.b.client.Subscribe(ctx),
+			halves: make(map[string]half),
+			pong:   make(chan struct{}, 1),
+			lost:   make(chan struct{}),
+		}
 		err := s.handshake(ctx, c)
 		if err != nil {
 			_ = c.ps.Close()

@@ -85,10 +85,44 @@ func TestMapError(t *testing.T) {
 	}
 }
 
+func TestHalves(t *testing.T) {
+	c := &conn{halves: map[string]half{}}
+	header := "D1 1 1 1 00000000000000000000000000000000 00000000000000000000000000000000 0 m\n"
+	for _, step := range []struct {
+		key, payload string
+		whole, bad   bool
+		data         string
+	}{
+		{"a", "S5 " + header, false, false, ""},
+		{"b", header + "xyz", true, false, "xyz"},
+		{"a", "hello", true, false, "hello"},
+		{"a", "S5 " + header, false, false, ""},
+		{"a", "hell", false, true, ""},
+		{"a", header, true, false, ""},
+		{"a", "S", false, true, ""},
+		{"a", "S-1 " + header, false, false, ""},
+		{"a", header, false, true, ""},
+		{"a", "S1 junk", false, true, ""},
+	} {
+		e, whole, err := c.parse(step.key, step.payload)
+		require.Equal(t, step.bad, err != nil, "%q: %v", step.payload, err)
+		if err == nil {
+			require.Equal(t, step.whole, whole)
+			if whole {
+				require.Equal(t, step.data, string(e.Data))
+			}
+		}
+	}
+	require.Empty(t, c.halves)
+}
+
 func TestParseStreamEntryNeverCrashes(t *testing.T) {
-	for _, raw := range []any{nil, "x", []any{}, []any{1, 2}, []any{"1-1", nil}, []any{"1-1", []any{"e"}},
-		[]any{"1-1", []any{"e", 5}}, []any{"1-1", []any{"e", ""}}, []any{"1-1", []any{"f", "x"}},
-		[]any{"1-2", []any{"e", "D1 1 1 1 00000000000000000000000000000000 00000000000000000000000000000000 0 m\n"}}} {
+	header := "D1 1 1 1 00000000000000000000000000000000 00000000000000000000000000000000 0 m\n"
+	_, _, err := parseStreamEntry([]any{"1-1", []any{"h", header, "d", "x"}})
+	require.NoError(t, err)
+	for _, raw := range []any{nil, "x", []any{}, []any{1, 2}, []any{"1-1", nil}, []any{"1-1", []any{"h"}},
+		[]any{"1-1", []any{"h", 5, "d", 6}}, []any{"1-1", []any{"h", "", "d", ""}}, []any{"1-1", []any{"h", header}},
+		[]any{"1-2", []any{"h", header, "d", "x"}}} {
 		_, _, err := parseStreamEntry(raw)
 		require.Error(t, err, "%v", raw)
 	}

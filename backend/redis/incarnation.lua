@@ -13,4 +13,4 @@ elseif redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) then
   redis.call('PEXPIRE', KEYS[1], ARGV[2])
 end
 if ARGV[4] ~= '' then redis.call('PUBLISH', ARGV[4], '') end
-return v .. ' ' .. t[1] .. string.sub(string.format('%06d', t[2]), 1, 3)
+return v .. ' ' .. t[1] * 1000 + math.floor(t[2] / 1000)

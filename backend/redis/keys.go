@@ -6,8 +6,11 @@ import "strconv"
 // so all are in one slot, and a script may touch any of them.
 //
 //	{dchannel/0}:m:<channel>  the head: the header line of the log's last entry
-//	{dchannel/0}:s:<channel>  the stream; the id of an entry is epoch-seq
-//	{dchannel/0}:c:<channel>  the publish/subscribe channel
+//	{dchannel/0}:s:<channel>  the stream; the id of an entry is epoch-seq, its fields are
+//	                          h, the header line, and d, the data
+//	{dchannel/0}:c:<channel>  the publish/subscribe channel: header line and data in
+//	                          one message, or, with more than 4,096 bytes of data,
+//	                          "S<size> " and header line, and then the data
 //	{dchannel/0}:i            the incarnation: run_id and ID
 //	{dchannel/0}:p:<random>   publish/subscribe only: one process's probes
 //

@@ -157,7 +157,7 @@ func TestLog(t *testing.T) {
 		p := publish(t, b, "foreign", "one")
 		key := "{dchannel/0}:s:foreign"
 		id := fmt.Sprintf("%d-%d", p.Epoch, 2)
-		require.NoError(t, f.admin.Do(ctx, "XADD", key, id, "e", "junk").Err())
+		require.NoError(t, f.admin.Do(ctx, "XADD", key, id, "h", "junk", "d", "").Err())
 		require.NoError(t, f.admin.Do(ctx, "XADD", key, fmt.Sprintf("%d-%d", p.Epoch, 3), "x", "y", "z", "").Err())
 		page := read(t, b, "foreign", dchannel.Position{})
 		require.Equal(t, []string{"one"}, texts(page.Entries))

@@ -188,12 +188,15 @@ func parseStreamEntry(raw any) (id string, e dchannel.Entry, err error) {
 	}
 	id, _ = pair[0].(string)
 	fields, _ := pair[1].([]any)
-	if len(fields) != 2 || fields[0] != "e" {
-		return id, e, fmt.Errorf("%w: not one field named e", entry.ErrForeign)
+	if len(fields) != 4 || fields[0] != "h" || fields[2] != "d" {
+		return id, e, fmt.Errorf("%w: not the fields h and d", entry.ErrForeign)
 	}
-	text, _ := fields[1].(string)
-	if e, err = entry.Parse(bytesOf(text)); err != nil {
+	header, _ := fields[1].(string)
+	if e, err = entry.Parse(bytesOf(header)); err != nil {
 		return id, e, err
+	}
+	if data, _ := fields[3].(string); !e.Closed {
+		e.Data = bytesOf(data)
 	}
 	if epoch, seq, _ := strings.Cut(id, "-"); epoch != strconv.FormatUint(e.Epoch, 10) || seq != strconv.FormatUint(e.Seq, 10) {
 		return id, e, fmt.Errorf("%w: it is at another entry's place", entry.ErrForeign)

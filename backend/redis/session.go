@@ -11,7 +11,6 @@ import (
 	goredis "github.com/redis/go-redis/v9"
 
 	"github.com/dchannel/dchannel"
-	"github.com/dchannel/dchannel/internal/entry"
 )
 
 const (
@@ -228,7 +227,7 @@ func (s *session) receive(c *conn, reason error) error {
 			if msg.Channel == s.probe {
 				c.answered()
 			} else {
-				s.push(msg.Channel, msg.Payload)
+				s.push(c, msg.Channel, msg.Payload)
 			}
 		case *goredis.Subscription:
 			if msg.Kind == "subscribe" {
@@ -285,19 +284,17 @@ func (s *session) refused(err error) bool {
 	return true
 }
 
-func (s *session) push(key, payload string) {
+func (s *session) push(c *conn, key, payload string) {
 	s.mu.Lock()
 	sub := s.subs[key]
 	s.mu.Unlock()
-	if sub == nil {
-		return
-	}
-	e, err := entry.Parse(bytesOf(payload))
-	if err != nil {
+	e, whole, err := c.parse(key, payload)
+	switch {
+	case err != nil:
 		s.b.foreign("push", key, err)
-		return
+	case whole && sub != nil:
+		sub.tell(func(to dchannel.Sink) { to.Entry(e) })
 	}
-	sub.tell(func(to dchannel.Sink) { to.Entry(e) })
 }
 
 // confirmed takes the server's word that key is subscribed. The answers come in the
