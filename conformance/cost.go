@@ -130,7 +130,7 @@ func idleCost(e *env) {
 			quiet = 0
 		}
 		calls = now
-		return quiet >= 5
+		return quiet >= 8
 	}, "%d quiet channels stop asking the server", channels)
 	e.sleep(window)
 	if n := e.h.Calls(e.tb) - calls; n > allowed {

@@ -226,8 +226,8 @@ func readyOnReturn(e *env, there bool) {
 }
 
 func fanOut(e *env) {
-	a, b, c := e.backend(), e.backend(), e.backend()
-	hs := e.attach(e.name("fan"), a, b, c, a, b, c, a)
+	a, b, c, d := e.backend(), e.backend(), e.backend(), e.backend()
+	hs := e.attach(e.name("fan"), a, b, c, d, a, b, c, d, a)
 	want := e.publishMany(hs[0], "to all", 20)
 	for _, h := range hs {
 		e.expect(h, want...)
@@ -358,7 +358,7 @@ func lostReply(e *env) {
 func resumeAtPosition(e *env) {
 	b, p := e.backend(), e.backend()
 	name := e.name("resume")
-	h := e.attach(name, b)[0]
+	h := e.attach(name, b, b)[0]
 	pub := e.handle(p, name)
 	const n = 40
 	ctx, done := e.patient()

@@ -125,6 +125,7 @@ func (s *storm) finish() {
 		turns = append(turns, func() { e.recordAccepted(&s.log, h, fmt.Sprint("l", i)) })
 	}
 	e.all(turns...)
+	e.judge(&s.log, checks{}) // the close would show what is missing, and bring it
 	if err := s.log.close(s.listeners[0].Close); err != nil {
 		e.fatalf("Close after the fault: %v", err)
 	}

@@ -277,8 +277,7 @@ func (l *history) validate(c checks) (vs []violation) {
 			}
 			if other, ok := at[ev.pos]; ok && other != ev.payload {
 				bad("Order", "listener %s got %q at %v, another one %q", x.name, ev.payload, ev.pos, other)
-			}
-			if other, ok := where[ev.payload]; ok && other != ev.pos {
+			} else if other, ok := where[ev.payload]; ok && other != ev.pos {
 				bad("ExactlyOnce", "%q is in the order twice, at %v and %v", ev.payload, ev.pos, other)
 			}
 			at[ev.pos], where[ev.payload] = ev.payload, ev.pos

@@ -15,9 +15,14 @@ import (
 
 // Memory returns the harness of the memory backend, on a new store. It is complete, and
 // so an example of all hooks.
-func Memory() Harness {
+func Memory() Harness { return onMemory(memory.WithIdleExpiry(shortMemory)) }
+
+// shortMemory is how long the server behind Short remembers.
+const shortMemory = 1500 * time.Millisecond
+
+func onMemory(idle memory.Option) Harness {
 	s := newMemoryServer()
-	short := newMemoryServer(memory.WithRetention(64, 1500*time.Millisecond), memory.WithIdleExpiry(1500*time.Millisecond))
+	short := newMemoryServer(memory.WithRetention(64, shortMemory), idle)
 	servers := []*memoryServer{s, short}
 	return Harness{
 		New: func(testing.TB) dchannel.Backend { return s.connect() },
@@ -25,8 +30,8 @@ func Memory() Harness {
 			New:       func(testing.TB) dchannel.Backend { return short.connect() },
 			Messages:  64,
 			Dropped:   100,
-			Retention: 1500 * time.Millisecond,
-			Gone:      1600 * time.Millisecond,
+			Retention: shortMemory,
+			Gone:      shortMemory + 100*time.Millisecond,
 		},
 		Cut: func(_ testing.TB, b dchannel.Backend) func() {
 			b.(*line).Cut(nil)
