@@ -326,7 +326,7 @@ func (p *publisher) deliver(b *batch) error {
 		switch {
 		case err == nil:
 			return nil
-		case errors.Is(err, ErrChanClosed):
+		case errors.Is(err, ErrChanClosed), errors.Is(err, ErrForgotten):
 			return err
 		case errors.Is(err, ErrUncertain), !final(err) && !errors.Is(err, ErrUnavailable):
 			uncertain = true
