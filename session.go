@@ -32,6 +32,9 @@ type local struct {
 	name string
 	refs int   // handles; under s.mu
 	feed *feed // under s.mu
+	// gone is closed when the feed before the next one has no subscription any more:
+	// a backend has at most one of a channel. nil: there was none. Under s.mu.
+	gone chan struct{}
 	pub  publisher
 }
 
@@ -117,11 +120,13 @@ func (l *local) upstream() *feed {
 	l.s.mu.Lock()
 	defer l.s.mu.Unlock()
 	if l.feed == nil {
-		f := &feed{s: l.s, name: l.name, since: time.Now()}
+		f := &feed{s: l.s, local: l, name: l.name, since: time.Now(), gone: make(chan struct{})}
 		var ctx context.Context
 		ctx, f.cancel = context.WithCancel(l.s.ctx)
-		l.feed = f
-		go f.attach(ctx)
+		before := l.gone
+		l.feed, l.gone = f, f.gone
+		l.refs++ // until it has no subscription
+		go f.attach(ctx, before)
 	}
 	l.feed.users++
 	return l.feed
@@ -150,9 +155,22 @@ func (l *local) leave(f *feed) {
 	}
 	f.pending = nil
 	f.mu.Unlock()
+	f.unsubscribe(sub)
+}
+
+// unsubscribe closes sub, which was taken out of f, and lets the next feed of the
+// channel subscribe. Without one it does nothing: then attach or somebody else does.
+func (f *feed) unsubscribe(sub Subscription) {
 	if sub != nil {
 		sub.Close()
+		f.leftServer()
 	}
+}
+
+// leftServer notes that f has no subscription and will not get one. It is called once.
+func (f *feed) leftServer() {
+	close(f.gone)
+	f.local.release()
 }
 
 // over makes room for a next feed of the channel, now that f has ended or failed:
