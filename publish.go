@@ -50,6 +50,8 @@ type batch struct {
 	// message can still be taken back.
 	sent bool
 	last error // of the latest attempt
+	// giveUp ends the attempt that is under way, if one is.
+	giveUp context.CancelFunc
 }
 
 // waiter is a caller that waits for its message's outcome.
@@ -207,12 +209,22 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	w.gone = true
+	if b.sent && b.giveUp != nil && b.abandoned() {
+		// Nobody else waits: end the attempt, and hear whether it got anywhere.
+		b.giveUp()
+		p.mu.Unlock()
+		err, known := w.outcome()
+		p.mu.Lock()
+		if known {
+			return gaveUp(ctx, err)
+		}
+	}
 	select {
 	case err := <-w.done: // just now
 		return err
 	default:
 	}
-	w.gone = true
 	switch {
 	case b.sent && b.last != nil:
 		return fmt.Errorf("%w: %w (%w)", ErrUncertain, ctx.Err(), certainly(b.last))
@@ -224,6 +236,35 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 		return fmt.Errorf("%w (%w)", ctx.Err(), b.last)
 	}
 	return ctx.Err()
+}
+
+// grace is how long a caller whose context has ended waits to hear what became of the
+// attempt that was ended with it: less than the 100 ms within which it has to return.
+const grace = 50 * time.Millisecond
+
+func (w *waiter) outcome() (err error, known bool) { //nolint:revive // the error is the value here
+	t := time.NewTimer(grace)
+	defer t.Stop()
+	select {
+	case err = <-w.done:
+		return err, true
+	case <-t.C:
+		return nil, false
+	}
+}
+
+// gaveUp is the error of a call whose context ended before the outcome err was known;
+// nil is nil.
+func gaveUp(ctx context.Context, err error) error {
+	switch {
+	case err == nil || errors.Is(err, ctx.Err()) || errors.Is(err, ErrChanClosed):
+		return err
+	case errors.Is(err, ErrUncertain):
+		return fmt.Errorf("%w: %w (%w)", ErrUncertain, ctx.Err(), certainly(err))
+	case errors.Is(err, context.Canceled): // our own
+		return ctx.Err()
+	}
+	return fmt.Errorf("%w (%w)", ctx.Err(), err)
 }
 
 // takeBack removes w's message from b, which was surely not sent.
@@ -302,8 +343,8 @@ func (p *publisher) deliver(b *batch) error {
 	for {
 		p.mu.Lock()
 		if b.count == 0 && !b.closing || b.abandoned() {
-			p.mu.Unlock()
-			return context.Canceled // to nobody
+			defer p.mu.Unlock()
+			return b.outcome(uncertain)
 		}
 		b.sent = true
 		f := Frame{ID: b.id, Count: b.count, Data: b.data}
@@ -316,6 +357,9 @@ func (p *publisher) deliver(b *batch) error {
 		p.mu.Unlock()
 
 		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
+		p.mu.Lock()
+		b.giveUp = done
+		p.mu.Unlock()
 		var err error
 		if b.closing {
 			_, err = s.backend.MarkClosed(ctx, p.local.name, b.id, b.keep)
@@ -328,17 +372,18 @@ func (p *publisher) deliver(b *batch) error {
 			return nil
 		case errors.Is(err, ErrChanClosed), errors.Is(err, ErrForgotten):
 			return err
-		case errors.Is(err, ErrUncertain), !final(err) && !errors.Is(err, ErrUnavailable):
+		case errors.Is(err, ErrUncertain):
 			uncertain = true
-		case errors.Is(err, ErrUnavailable):
-		default:
+		case final(err):
 			if uncertain {
 				err = fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
 			}
 			return err
 		}
 		p.mu.Lock()
-		b.last = err
+		if b.last == nil || !errors.Is(err, context.Canceled) {
+			b.last = err // and not just that we gave up
+		}
 		b.sent = uncertain
 		p.mu.Unlock()
 
@@ -348,14 +393,22 @@ func (p *publisher) deliver(b *batch) error {
 		done()
 		if !again {
 			p.mu.Lock()
+			defer p.mu.Unlock()
 			b.sent = true // too late to take anything back
-			p.mu.Unlock()
-			if uncertain {
-				return fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
-			}
-			return err
+			return b.outcome(uncertain)
 		}
 	}
+}
+
+// outcome is what is known when b is given up.
+func (b *batch) outcome(uncertain bool) error {
+	switch {
+	case uncertain:
+		return fmt.Errorf("%w: %w", ErrUncertain, certainly(b.last))
+	case b.last == nil: // never tried
+		return context.Canceled
+	}
+	return b.last
 }
 
 // abandoned: nobody waits for the outcome.
