@@ -220,7 +220,7 @@ func TestASlowHandleCatchesUpAndCountsWhatIsGone(t *testing.T) {
 	require.ErrorIs(t, err, dchannel.ErrLost)
 	require.Contains(t, err.Error(), fmt.Sprintf(`%d messages lost on "x"`, lost.Count))
 	receive(t, slow, int(lost.Count), 1000)
-	require.EqualValues(t, lost.Count, slow.Status().Lost)
+	require.Equal(t, lost.Count, slow.Status().Lost)
 	require.LessOrEqual(t, lost.Count, uint64(900))
 	publish(t, p, 1000, 1001)
 	receive(t, slow, 1000, 1001)

@@ -242,7 +242,7 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 // attempt that was ended with it: less than the 100 ms within which it has to return.
 const grace = 50 * time.Millisecond
 
-func (w *waiter) outcome() (err error, known bool) { //nolint:revive // the error is the value here
+func (w *waiter) outcome() (err error, known bool) {
 	t := time.NewTimer(grace)
 	defer t.Stop()
 	select {

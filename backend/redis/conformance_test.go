@@ -52,6 +52,7 @@ func TestConformance(t *testing.T) {
 		New: connect(),
 		Short: &conformance.Short{
 			New:       connect(redis.WithNamespace("short"), redis.WithRetention(64, time.Second), redis.WithIdleExpiry(2*time.Second)),
+			Few:       connect(redis.WithNamespace("few"), redis.WithRetention(64, redis.DefaultRetention)),
 			Messages:  64,
 			Retention: time.Second,
 			Gone:      2 * time.Second,
@@ -103,7 +104,7 @@ func TestConformance(t *testing.T) {
 		},
 		Upstreams: func(t testing.TB, channel string) int {
 			n := 0
-			for _, namespace := range []string{redis.DefaultNamespace, "short"} {
+			for _, namespace := range []string{redis.DefaultNamespace, "short", "few"} {
 				name := fmt.Sprintf("{%s/0}:c:%s", namespace, channel)
 				subs, err := admin.PubSubNumSub(t.Context(), name).Result()
 				if err != nil {

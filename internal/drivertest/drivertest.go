@@ -67,12 +67,12 @@ func Load(t *testing.T, rig Rig, addr string, channels, messages int, pace time.
 		sent[c], maybe[c] = map[int]bool{}, map[int]bool{}
 	}
 	type result struct {
-		got              map[int]int
-		disorder         bool
-		closed           bool
-		lost             uint64
-		unknown          int
-		last, afterClose int
+		got      map[int]int
+		disorder bool
+		closed   bool
+		lost     uint64
+		unknown  int
+		last     int
 	}
 	results := make([]result, channels)
 	for c, ch := range handles {
