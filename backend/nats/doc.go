@@ -22,7 +22,7 @@
 // So the order is the stream's, numbers have no holes, and a publish that the client
 // sends late, after a reconnect, cannot count twice. A retry looks for its ID among all
 // that has come since the first attempt; if retention no longer has that, the outcome
-// is dchannel.ErrUncertain.
+// is dchannel.ErrForgotten.
 //
 // The stream publishes every entry again (RePublish) to a second subject, where each
 // subscribed channel has one core subscription: no consumer, no goroutine, about 800
