@@ -23,11 +23,13 @@ const shortMemory = 1500 * time.Millisecond
 func onMemory(idle memory.Option) Harness {
 	s := newMemoryServer()
 	short := newMemoryServer(memory.WithRetention(64, shortMemory), idle)
-	servers := []*memoryServer{s, short}
+	few := newMemoryServer(memory.WithRetention(64, memory.DefaultRetention))
+	servers := []*memoryServer{s, short, few}
 	return Harness{
 		New: func(testing.TB) dchannel.Backend { return s.connect() },
 		Short: &Short{
 			New:       func(testing.TB) dchannel.Backend { return short.connect() },
+			Few:       func(testing.TB) dchannel.Backend { return few.connect() },
 			Messages:  64,
 			Dropped:   100,
 			Retention: shortMemory,
