@@ -514,3 +514,26 @@ func TestRemove(t *testing.T) {
 	publish(t, ch, 0, 1)
 	receive(t, ch, 0, 1)
 }
+
+func TestQueuedMessagesShareTheTimeOfAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := memory.New()
+		ch := dchannel.New("x", b)
+		b.Cut(nil)
+		start := time.Now()
+		var wg sync.WaitGroup
+		for range 5 { // each a frame of its own
+			wg.Go(func() {
+				err := ch.Publish(t.Context(), make([]byte, 100_000))
+				assert.ErrorIs(t, err, dchannel.ErrUnavailable)
+				assert.NotErrorIs(t, err, dchannel.ErrUncertain)
+			})
+		}
+		wg.Wait()
+		require.Less(t, time.Since(start), dchannel.DefaultTimeout+time.Second)
+		b.Heal()
+		require.NoError(t, ch.Publish(t.Context(), "x"))
+		require.NoError(t, ch.Detach())
+		require.NoError(t, b.Close())
+	})
+}

@@ -27,6 +27,8 @@ type publisher struct {
 	bytes int           // in the queue and under way
 	space chan struct{} // closed when bytes fall; made on demand
 	free  []*waiter
+	// down is why the batch before could not be delivered in its time.
+	down error
 }
 
 // softFrame is the size at which a frame takes no further message. Measured on
@@ -44,6 +46,8 @@ type batch struct {
 
 	waiters []*waiter
 	async   []asyncShare
+	// queued is when its first message came: the time of WithTimeout begins there.
+	queued time.Time
 	// began is when the first attempt did; zero: not yet.
 	began time.Time
 	// sent: an attempt is under way, or one had an unknown outcome. Until then a
@@ -114,6 +118,7 @@ func (p *publisher) retry(ctx context.Context, h *handle, b batch, err error) er
 	w := p.waiter()
 	w.off, w.n = 1, len(b.data)-1
 	b.began, b.last, b.sent = time.Now(), err, errors.Is(err, ErrUncertain)
+	b.queued = b.began
 	b.timeout = h.o.timeout
 	b.waiters = []*waiter{w}
 	p.queue = append(p.queue, &b)
@@ -156,7 +161,7 @@ func (p *publisher) sendAsync(ctx context.Context, h *handle, r frame.Record) er
 func (p *publisher) close(ctx context.Context, h *handle) error {
 	p.mu.Lock()
 	w := p.waiter()
-	b := &batch{id: NewID(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
+	b := &batch{id: NewID(), queued: time.Now(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
 	p.queue = append(p.queue, b)
 	p.launch()
 	p.mu.Unlock()
@@ -172,7 +177,7 @@ func (p *publisher) add(r frame.Record, timeout time.Duration) (b *batch, n int)
 	}
 	limit := min(softFrame, p.local.s.maxFrame)
 	if b == nil || b.closing || !b.began.IsZero() || len(b.data)+size > limit {
-		b = &batch{id: NewID()}
+		b = &batch{id: NewID(), queued: time.Now()}
 		b.data = frame.Begin(make([]byte, 0, max(size+1, 256)))
 		p.queue = append(p.queue, b)
 	}
@@ -315,6 +320,13 @@ func (p *publisher) fly() {
 		err := p.deliver(b)
 
 		p.mu.Lock()
+		if p.down = nil; err != nil && !final(err) {
+			// For those behind it, which were not tried, this is surely not sent.
+			p.down = err
+			if !errors.Is(err, ErrUnavailable) {
+				p.down = fmt.Errorf("%w: %v", ErrUnavailable, err) //nolint:errorlint // not its ErrUncertain
+			}
+		}
 		p.queue[0] = nil
 		p.queue = p.queue[1:]
 		p.freed(max(0, len(b.data)-1))
@@ -337,7 +349,6 @@ func (p *publisher) fly() {
 // waits for it any more.
 func (p *publisher) deliver(b *batch) error {
 	s := p.local.s
-	start := time.Now()
 	uncertain := b.sent
 	var wait backoff
 	for {
@@ -346,20 +357,25 @@ func (p *publisher) deliver(b *batch) error {
 			defer p.mu.Unlock()
 			return b.outcome(uncertain)
 		}
+		left := b.timeout - time.Since(b.queued)
+		if left <= 0 && b.began.IsZero() && p.down != nil {
+			// It stood in line behind one that failed for longer than it has time.
+			defer p.mu.Unlock()
+			b.sent = true
+			return p.down
+		}
 		b.sent = true
 		f := Frame{ID: b.id, Count: b.count, Data: b.data}
-		left := b.timeout - time.Since(start)
 		if !b.began.IsZero() {
 			f.Age = max(1, time.Since(b.began))
 		} else {
 			b.began = time.Now()
+			left = b.timeout // a queue that is long is no outage
 		}
-		p.mu.Unlock()
-
 		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
-		p.mu.Lock()
 		b.giveUp = done
 		p.mu.Unlock()
+
 		var err error
 		if b.closing {
 			_, err = s.backend.MarkClosed(ctx, p.local.name, b.id, b.keep)
@@ -387,7 +403,7 @@ func (p *publisher) deliver(b *batch) error {
 		b.sent = uncertain
 		p.mu.Unlock()
 
-		left = b.timeout - time.Since(start)
+		left = b.timeout - time.Since(b.queued)
 		ctx, done = context.WithTimeout(s.ctx, left)
 		again := left > 0 && wait.sleep(ctx)
 		done()

@@ -28,7 +28,7 @@
 // subscribed channel has one core subscription: no consumer, no goroutine, about 800
 // bytes here. NATS drops such pushes when a connection is too slow, so that positions
 // are compared every few seconds: one small request while nothing has been appended in the
-// namespace, and else one more per thousand channels. Catching up is by direct get.
+// namespace, and else one more for every 512 channels. Catching up is by direct get.
 //
 // An acknowledged append is in the server's memory or page cache, not on its disk: the
 // server syncs every two minutes (sync_interval). A killed server process loses nothing; a

@@ -265,6 +265,7 @@ func Many(t *testing.T, rig Rig, n, maxConnections, maxHeap int, connections fun
 	// Every one of them works.
 	p := dchannel.New(names[n-1], b)
 	require.NoError(t, p.Publish(ctx, "to the last"))
+	require.NoError(t, p.Detach())
 	v, err := handles[n-1].Listen(ctx)
 	require.NoError(t, err)
 	require.Equal(t, "to the last", v)
