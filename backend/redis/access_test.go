@@ -129,3 +129,41 @@ func intact(t *testing.T, ch *dchannel.Channel) {
 		return
 	}
 }
+
+// Sentinel names the server; after a failover by command the channel goes on, and who
+// listens is told that the new server may not have everything.
+func TestSentinel(t *testing.T) {
+	s := testserver.RedisSentinelForTest(t, 1, 1, testserver.RedisConfig{})
+	var sentinels []string
+	for _, node := range s.Sentinels {
+		sentinels = append(sentinels, node.Addr())
+	}
+	client := goredis.NewFailoverClient(&goredis.FailoverOptions{
+		MasterName: testserver.SentinelMaster, SentinelAddrs: sentinels,
+	})
+	b := redis.New(client, quiet, redis.WithProbe(100*time.Millisecond, time.Second))
+	t.Cleanup(func() {
+		require.NoError(t, b.Close())
+		require.NoError(t, client.Close())
+	})
+	ch := works(t, b)
+	sentinel := goredis.NewSentinelClient(&goredis.Options{Addr: sentinels[0], MaintNotificationsConfig: noMaintenance})
+	t.Cleanup(func() { require.NoError(t, sentinel.Close()) })
+	require.Eventually(t, func() bool { return sentinel.Failover(t.Context(), testserver.SentinelMaster).Err() == nil },
+		within, 50*time.Millisecond)
+	lost, done := context.WithTimeout(t.Context(), within)
+	defer done()
+	_, err := ch.Listen(lost)
+	require.ErrorIs(t, err, dchannel.ErrLost)
+	require.Eventually(t, func() bool { return ch.Publish(t.Context(), "after the failover") == nil }, within, 50*time.Millisecond)
+	ctx, done := context.WithTimeout(t.Context(), within)
+	defer done()
+	for {
+		v, err := ch.Listen(ctx)
+		if err == nil {
+			require.Equal(t, "after the failover", v)
+			return
+		}
+		require.ErrorIs(t, err, dchannel.ErrLost)
+	}
+}
