@@ -249,7 +249,7 @@ func (r *reader) take(f *feed) took {
 func (r *reader) push(n node) {
 	switch {
 	case n.gap != nil:
-		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq {
+		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq && r.end.Seq > 0 {
 			return
 		}
 		r.end = cursor{Position: n.gap.Next}

@@ -84,7 +84,7 @@ func (st *stage) keepCutting(ctx context.Context) {
 				b.Cut(errors.New("the demo cut it"))
 				cut++
 			}
-			time.Sleep(20 * time.Millisecond)
+			<-time.After(20 * time.Millisecond)
 			for _, b := range st.here {
 				b.Heal()
 			}
