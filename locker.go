@@ -66,8 +66,8 @@ type Locker interface {
 
 	// WatchLock calls hint, which returns at once, whenever the state may have changed
 	// by Acquire (a hand-over in a line), Release, EndLock, or expiry where the server
-	// tells, and whenever hints may have been missed (a reconnect). It is live when it
-	// returns. Hints may be late, doubled or without cause. At most one watch for each
+	// tells, and whenever hints may have been missed (a reconnect; Backend.Close, so
+	// that those who wait learn of it). It is live when it returns. Hints may be late, doubled or without cause. At most one watch for each
 	// channel and backend value at a time is asked for; it resumes by itself.
 	WatchLock(ctx context.Context, channel string, hint func()) (Subscription, error)
 }
@@ -104,6 +104,9 @@ type LockState struct {
 	Remaining time.Duration
 	// Info is the holder's.
 	Info string
+	// Token is the newest generation's. A backend may leave it zero; who stands in line
+	// then calls Acquire to learn whether it is its turn, whenever the lock changes hands.
+	Token ID
 	// Ended tells how the newest generations ended, newest first; those that are
 	// remembered, which are at least the last two.
 	Ended []LockEnd
