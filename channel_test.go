@@ -220,7 +220,7 @@ func TestASlowHandleCatchesUpAndCountsWhatIsGone(t *testing.T) {
 	require.ErrorIs(t, err, dchannel.ErrLost)
 	require.Contains(t, err.Error(), fmt.Sprintf(`%d messages lost on "x"`, lost.Count))
 	receive(t, slow, int(lost.Count), 1000)
-	require.EqualValues(t, lost.Count, slow.Status().Lost)
+	require.Equal(t, lost.Count, slow.Status().Lost)
 	require.LessOrEqual(t, lost.Count, uint64(900))
 	publish(t, p, 1000, 1001)
 	receive(t, slow, 1000, 1001)
@@ -513,4 +513,27 @@ func TestRemove(t *testing.T) {
 	require.False(t, ch.IsClosed())
 	publish(t, ch, 0, 1)
 	receive(t, ch, 0, 1)
+}
+
+func TestQueuedMessagesShareTheTimeOfAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := memory.New()
+		ch := dchannel.New("x", b)
+		b.Cut(nil)
+		start := time.Now()
+		var wg sync.WaitGroup
+		for range 5 { // each a frame of its own
+			wg.Go(func() {
+				err := ch.Publish(t.Context(), make([]byte, 100_000))
+				assert.ErrorIs(t, err, dchannel.ErrUnavailable)
+				assert.NotErrorIs(t, err, dchannel.ErrUncertain)
+			})
+		}
+		wg.Wait()
+		require.Less(t, time.Since(start), dchannel.DefaultTimeout+time.Second)
+		b.Heal()
+		require.NoError(t, ch.Publish(t.Context(), "x"))
+		require.NoError(t, ch.Detach())
+		require.NoError(t, b.Close())
+	})
 }

@@ -249,7 +249,10 @@ func (r *reader) push(n node) {
 		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq {
 			return
 		}
-		r.end = cursor{Position: Position{n.gap.Next.Epoch, n.gap.Next.Seq - 1}}
+		r.end = cursor{Position: n.gap.Next}
+		if r.end.Seq > 0 {
+			r.end.Seq--
+		}
 	case n.entry.Epoch == r.end.Epoch && n.entry.Seq <= r.end.Seq:
 		return
 	default:

@@ -70,7 +70,7 @@ var closing = []guarantee{
 func closeWakes(e *env) {
 	a, b := e.backend(), e.backend()
 	best := time.Duration(1<<63 - 1)
-	for i := 0; i < 5 && best > promptly; i++ {
+	for i := 0; i < 10 && best > promptly; i++ {
 		hs := e.attach(e.name(fmt.Sprint("wake", i)), a, a, b, b)
 		woken := make(chan time.Time, len(hs))
 		for _, h := range hs {

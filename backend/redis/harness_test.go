@@ -111,11 +111,7 @@ func texts(entries []dchannel.Entry) (s []string) {
 
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(within); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within %v: %s", within, what)
-		}
-	}
+	require.Eventually(t, ok, within, time.Millisecond, what)
 }
 
 // recorder is a sink that keeps what it gets, and fails when calls overlap.
