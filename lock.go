@@ -158,7 +158,7 @@ func retrying(ctx context.Context, limit time.Duration, op func(ctx context.Cont
 	var last error // of the latest call that was not cut off
 	for {
 		if outer.Err() != nil {
-			return uncertain, gaveUp(outer, last)
+			return uncertain, cutShort(outer, last)
 		}
 		call, done := context.WithTimeout(ctx, attempt)
 		err = op(call)
@@ -176,7 +176,7 @@ func retrying(ctx context.Context, limit time.Duration, op func(ctx context.Cont
 		}
 		if !wait.sleep(ctx) {
 			if outer.Err() != nil {
-				return uncertain, gaveUp(outer, last)
+				return uncertain, cutShort(outer, last)
 			}
 			if last == nil {
 				last = errors.New("no answer")
@@ -186,8 +186,8 @@ func retrying(ctx context.Context, limit time.Duration, op func(ctx context.Cont
 	}
 }
 
-// gaveUp is the error of a call whose context has ended.
-func gaveUp(ctx context.Context, last error) error {
+// cutShort is the error of a call whose context has ended.
+func cutShort(ctx context.Context, last error) error {
 	if last != nil {
 		return fmt.Errorf("%w (%w)", ctx.Err(), certainly(last))
 	}
