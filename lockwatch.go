@@ -57,6 +57,7 @@ func (l *local) joinLock(lk Locker) *lockWatch {
 		l.lastWatch = next.over
 		next.ctx, next.cancel = context.WithCancel(l.s.ctx)
 		l.watch, l.watchers = next, 0
+		l.retain() // so that who comes next waits for the end of this one
 		go next.run()
 	}
 	l.watchers++
@@ -84,6 +85,7 @@ func (w *lockWatch) failed() bool {
 // run watches, then reads, and reads again at every hint and when the lock's time is
 // over. The order matters: what happens behind the read is hinted at.
 func (w *lockWatch) run() {
+	defer w.l.release()
 	defer close(w.over)
 	defer w.cancel()
 	if w.before != nil {
