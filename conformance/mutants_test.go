@@ -26,7 +26,7 @@ type mutant struct {
 // proves something else. The odd ones must pass everything.
 func TestMutants(t *testing.T) {
 	began := time.Now()
-	mutants := slices.Concat(deliveryMutants, closeMutants, costMutants, faultMutants, badInputMutants, oddOnes)
+	mutants := slices.Concat(deliveryMutants, closeMutants, costMutants, faultMutants, lockMutants, badInputMutants, oddOnes)
 	results := make([][]result, len(mutants))
 	took := make([]time.Duration, len(mutants))
 	slots := make(chan struct{}, 6)
