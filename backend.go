@@ -55,7 +55,7 @@ import (
 // # Optional interfaces
 //
 // Found by assertion, as in database/sql/driver: [FrameLimiter], [Checker],
-// [ImmediatePublisher].
+// [ImmediatePublisher], [Locker].
 type Backend interface {
 	// Publish appends f to channel's log, as one step, and returns the position
 	// of its last record. The log is begun if there is none.

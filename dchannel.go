@@ -187,10 +187,6 @@ func (c *Channel) CloseContext(ctx context.Context) error {
 	return c.h.wrap("close", c.h.close(ctx))
 }
 
-// CloseLockedUntil ends the tracking of the channel's lock duration. It is nil if
-// none was started.
-func (c *Channel) CloseLockedUntil() error { return nil }
-
 // IsClosed tells whether the channel is closed, also if there are messages left to
 // Listen to. A handle that is not attached yet attaches first, for at most the time
 // of WithTimeout; if that fails it returns false, and Status has the reason. Closed
@@ -207,13 +203,18 @@ func (c *Channel) Done() <-chan struct{} {
 
 // Detach ends this handle and leaves the channel open for the others. Blocked calls
 // return ErrDetached. Messages of PublishAsync still go out: Detach waits for them as
-// Flush does, for at most the time of WithTimeout, and returns the same error.
-// Detaching again is nil.
+// Flush does, for at most the time of WithTimeout, and returns the same error. A lock
+// that the handle holds is released, as by CloseLockedUntil. Detaching again is nil.
 func (c *Channel) Detach() error {
 	ctx, done := context.WithTimeout(context.Background(), c.h.o.timeout)
 	defer done()
+	held := c.h.holding() != nil
 	c.h.detach()
-	return c.h.wrap("detach", c.h.async.flush(ctx))
+	err := c.h.unlock(ctx)
+	if !held { // that it was over before is for CloseLockedUntil to tell
+		err = nil
+	}
+	return c.h.wrap("detach", errors.Join(c.h.async.flush(ctx), err))
 }
 
 // Status describes the handle at this moment.

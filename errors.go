@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"time"
 )
 
 // Errors that callers tell apart with errors.Is. What a method returns wraps them
@@ -41,6 +42,17 @@ var (
 	// ErrRefused: the server answered and said no: password, permission, read-only,
 	// out of memory. What was asked surely did not happen.
 	ErrRefused = errors.New("refused by the server")
+	// ErrLocked: the channel is locked. See [LockedError].
+	ErrLocked = errors.New("locked")
+	// ErrNotHeld: the lock is not held (any more). The next three are ErrNotHeld, too.
+	ErrNotHeld = errors.New("lock not held")
+	// ErrLockExpired: the time of the hold is over. Nobody else need have had the lock.
+	ErrLockExpired = fmt.Errorf("%w: its time is over", ErrNotHeld)
+	// ErrLockLost: the hold was ended by force or by the channel's close, somebody else
+	// has had the lock since, or the server knows nothing of it any more.
+	ErrLockLost = fmt.Errorf("%w: lost", ErrNotHeld)
+	// ErrLockReleased: the hold was ended by CloseLockedUntil.
+	ErrLockReleased = fmt.Errorf("%w: released", ErrNotHeld)
 )
 
 // LostError is returned by Listen at the very place where messages are missing.
@@ -71,3 +83,28 @@ func (e *LostError) Error() string {
 
 // Unwrap returns ErrLost.
 func (e *LostError) Unwrap() error { return ErrLost }
+
+// LockedError is returned by LockFor when the channel is locked. errors.Is(err,
+// ErrLocked) holds.
+type LockedError struct {
+	// Channel is the channel's name.
+	Channel string
+	// Fence is the generation that is held: WaitFence waits for its end.
+	Fence uint64
+	// Remaining is how much of its time is left, by the server's clock.
+	Remaining time.Duration
+	// Info is what the holder says of itself.
+	Info string
+}
+
+// Error tells the channel, and for how long it is locked.
+func (e *LockedError) Error() string {
+	s := "dchannel: " + strconv.Quote(e.Channel) + " is locked for " + e.Remaining.String()
+	if e.Info != "" {
+		s += " by " + strconv.Quote(e.Info)
+	}
+	return s
+}
+
+// Unwrap returns ErrLocked.
+func (e *LockedError) Unwrap() error { return ErrLocked }

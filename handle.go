@@ -29,6 +29,10 @@ type handle struct {
 	endMu  sync.Mutex // guards ended; the feed takes it while it holds its own lock
 	ended  chan struct{}
 	isOver bool
+	left   chan struct{} // closed by detach; made on demand
+
+	lockMu sync.Mutex
+	hold   *Hold // the latest; it may be over
 
 	spot
 	reading atomic.Pointer[reader]
@@ -262,6 +266,7 @@ func (h *handle) close(ctx context.Context) error {
 	err = l.pub.close(ctx, h)
 	if err == nil || errors.Is(err, ErrChanClosed) {
 		err = nil
+		h.closeLock(ctx)
 		h.sawClose()
 		h.mu.Lock()
 		attached := h.f != nil
@@ -277,6 +282,7 @@ func (h *handle) close(ctx context.Context) error {
 func (h *handle) sawClose() {
 	h.closed.Store(true)
 	h.signal()
+	h.dropHold(errClosedUnder)
 }
 
 // signal ends Done.
@@ -367,5 +373,10 @@ func (h *handle) detach() {
 	h.mu.Unlock()
 	h.rouse()
 	h.signal()
+	h.endMu.Lock()
+	if h.left != nil {
+		close(h.left)
+	}
+	h.endMu.Unlock()
 	h.free()
 }

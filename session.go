@@ -40,6 +40,14 @@ type local struct {
 	// a backend has at most one of a channel. nil: there was none. Under s.mu.
 	gone chan struct{}
 	pub  publisher
+
+	// What those who wait for the channel's lock share.
+	lockMu    sync.Mutex
+	watch     *lockWatch // from the first who waits until the last
+	watchers  int
+	lastWatch <-chan struct{} // closed when the latest watch is over; nil: there was none
+	turns     []*turn
+	streak    int // hand-overs in a row
 }
 
 const concurrentReads = 16
@@ -93,6 +101,19 @@ func acquire(b Backend, name string) *local {
 	}
 	l.refs++
 	return l
+}
+
+// find returns the channel's shared part, without a reference, if there is one.
+func find(b Backend, name string) *local {
+	sessions.mu.Lock()
+	s := sessions.of[b]
+	sessions.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.locals[name]
 }
 
 // retain adds a reference; the caller has one.

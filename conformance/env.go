@@ -22,6 +22,7 @@ type result struct {
 	guarantee, name string
 	failures        []string
 	notCovered      string
+	optional        bool // what is not covered need not be
 	logs            []string
 	took            time.Duration
 }
@@ -210,6 +211,14 @@ func (e *env) need(has bool, lacks string) {
 	}
 	e.mu.Lock()
 	e.res.notCovered = "the harness has no " + lacks
+	e.mu.Unlock()
+	runtime.Goexit()
+}
+
+// lacks ends the case as not covered, because the backend does not do what is optional.
+func (e *env) lacks(what string) {
+	e.mu.Lock()
+	e.res.notCovered, e.res.optional = what, true
 	e.mu.Unlock()
 	runtime.Goexit()
 }

@@ -124,6 +124,12 @@ type Handle interface {
 	Done() <-chan struct{}
 	Detach() error
 	Status() dchannel.Status
+
+	LockFor(ctx context.Context, ttl time.Duration, opts ...dchannel.LockOption) (*dchannel.Hold, error)
+	LockedUntil(ctx context.Context) (time.Duration, error)
+	WaitUnlocked(ctx context.Context) (dchannel.LockOutcome, error)
+	WaitFence(ctx context.Context, fence uint64) (dchannel.LockOutcome, error)
+	ForceUnlock(ctx context.Context, fence uint64) error
 }
 
 var _ Handle = (*dchannel.Channel)(nil)

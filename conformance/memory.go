@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"testing"
@@ -49,7 +50,7 @@ func onMemory(idle memory.Option) Harness {
 		LoseState: func(testing.TB) { s.store.LoseState() },
 		Upstreams: func(_ testing.TB, channel string) (n int) {
 			for _, s := range servers {
-				n += s.store.Subscriptions(channel)
+				n += s.store.Subscriptions(channel) + s.store.LockWatches(channel)
 			}
 			return n
 		},
@@ -63,6 +64,13 @@ func onMemory(idle memory.Option) Harness {
 				}
 				if heads[0].Epoch != 0 {
 					held = append(held, fmt.Sprintf("the log %v of %q", heads[0].Position, channel))
+				}
+				st, err := s.store.Backend().LockState(t.Context(), channel)
+				if err != nil {
+					t.Fatalf("LockState: %v", err)
+				}
+				if st.Fence != 0 {
+					held = append(held, fmt.Sprintf("the lock %d of %q", st.Fence, channel))
 				}
 			}
 			return held
@@ -116,6 +124,9 @@ type line struct {
 	hole  chan struct{} // not nil while it is silent; closed by heal
 	sinks map[*lineSink]struct{}
 	taken map[string]bool // channels that have a subscription, or are about to
+
+	watched map[string]bool // the same for watches of locks
+	hints   map[string]func()
 }
 
 var errSilence = errors.New("no answer, and at last the connection was reset")
@@ -132,11 +143,14 @@ func (l *line) blackhole() (heal func()) {
 	return func() {
 		l.mu.Lock()
 		l.hole = nil
-		sinks := l.each()
+		sinks, hints := l.each(), slices.Collect(maps.Values(l.hints))
 		l.mu.Unlock()
 		close(hole)
 		for _, s := range sinks {
 			s.restore()
+		}
+		for _, hint := range hints {
+			hint()
 		}
 	}
 }

@@ -20,9 +20,10 @@ type Backend struct {
 	dropPushes  atomic.Int64
 	loseReplies atomic.Int64
 
-	mu     sync.Mutex
-	subs   map[*subscription]struct{}
-	broken chan struct{} // closed by Cut and Close; Heal makes a new one
+	mu      sync.Mutex
+	subs    map[*subscription]struct{}
+	watches map[*lockWatch]struct{}
+	broken  chan struct{} // closed by Cut and Close; Heal makes a new one
 }
 
 // fault is why a backend's calls fail.
@@ -43,7 +44,9 @@ func New(opts ...Option) *Backend { return NewStore(opts...).Backend() }
 // Backend returns a new backend on the store: another process, as it were. It
 // costs nothing until it subscribes.
 func (s *Store) Backend() *Backend {
-	b := &Backend{store: s, subs: make(map[*subscription]struct{}), broken: make(chan struct{})}
+	b := &Backend{store: s,
+		subs: make(map[*subscription]struct{}), watches: make(map[*lockWatch]struct{}), broken: make(chan struct{}),
+	}
 	if s.badOption != nil {
 		b.down.Store(&fault{err: s.badOption, final: true})
 	}
@@ -136,6 +139,11 @@ func (b *Backend) Close() error {
 		sub.end(func() { sub.sink.State(dchannel.StateFailed, dchannel.ErrBackendClosed) })
 	}
 	clear(b.subs)
+	for w := range b.watches {
+		w.resume()
+		w.end()
+	}
+	clear(b.watches)
 	return nil
 }
 

@@ -63,6 +63,9 @@ func (b *Backend) Heal() {
 		sub.restore(f.cause)
 		sub.slot.mu.Unlock()
 	}
+	for w := range b.watches {
+		w.resume()
+	}
 }
 
 // DropPushes drops the next n pushes to this backend, whatever their channels, as
@@ -115,7 +118,12 @@ func (s *Store) Resume() {
 // arrives, in a new epoch. A channel that was closed is open again for those who
 // have not seen the close.
 func (s *Store) LoseState() {
-	s.restart(errLost, func() { s.each((*slot).end) })
+	s.restart(errLost, func() {
+		s.each(func(sl *slot) {
+			sl.end()
+			sl.loseLock()
+		})
+	})
 }
 
 // LoseLast takes back the last n entries of channel's log (a group commit is one
@@ -184,5 +192,6 @@ func (s *Store) start() {
 				sub.restore(sub.due)
 			}
 		}
+		sl.hintLock()
 	})
 }

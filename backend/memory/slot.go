@@ -26,6 +26,8 @@ type slot struct {
 	records int   // in the entries, the marker not counted
 	entries ring
 	subs    []*subscription
+	lock    *lock // nil: nothing is known of one
+	watches []*lockWatch
 
 	// forgot is when the newest of those entries was accepted that were here and
 	// are not any more: a retry that began before it may have been one of them.
@@ -148,6 +150,10 @@ func (s *Store) remove(channel string, force bool) error {
 	defer s.leave(sl)
 	sl.expire(s.now())
 	sl.end()
+	if sl.lock != nil {
+		sl.loseLock()
+		sl.hintLock()
+	}
 	return nil
 }
 
@@ -191,6 +197,7 @@ func (sl *slot) earlier(id dchannel.ID, since int64) (dchannel.Position, error) 
 // expire drops what is too old. Each method calls it first, so that nobody sees
 // when the sweep came.
 func (sl *slot) expire(now int64) {
+	sl.expireLock()
 	if sl.epoch == 0 {
 		return
 	}
@@ -208,6 +215,13 @@ func (sl *slot) expire(now int64) {
 
 // deadline returns when expire will next have something to do.
 func (sl *slot) deadline() int64 {
+	if sl.lock != nil {
+		return min(sl.logDeadline(), sl.lockDeadline())
+	}
+	return sl.logDeadline()
+}
+
+func (sl *slot) logDeadline() int64 {
 	switch {
 	case sl.epoch == 0 && len(sl.subs) > 0, sl.epoch == 0 && sl.forgot == 0:
 		return math.MaxInt64

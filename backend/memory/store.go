@@ -182,7 +182,7 @@ func (s *Store) find(channel string, force bool) (sl *slot, none dchannel.Head, 
 
 // leave unlocks sl, and drops it if there is nothing in it worth keeping.
 func (s *Store) leave(sl *slot) {
-	if sl.epoch != 0 || len(sl.subs) > 0 || sl.forgot > s.now()-s.maxAge {
+	if sl.epoch != 0 || len(sl.subs) > 0 || sl.lock != nil || len(sl.watches) > 0 || sl.forgot > s.now()-s.maxAge {
 		sl.mu.Unlock()
 		return
 	}
