@@ -55,8 +55,7 @@ func (b *Backend) EndLock(ctx context.Context, channel string, fence uint64, out
 
 // LockState reads the state, and is the one to end what it finds expired.
 func (b *Backend) LockState(ctx context.Context, channel string) (dchannel.LockState, error) {
-	s, err := b.lock(ctx, channel, lockStep{op: "state"})
-	return s, harmless(err)
+	return b.lock(ctx, channel, lockStep{op: "state"})
 }
 
 // lockStep is one call of the lock's script.
@@ -83,6 +82,9 @@ func (b *Backend) lock(ctx context.Context, channel string, step lockStep) (dcha
 		if s, err = parseLock(answer); err == nil {
 			return s, nil
 		}
+	}
+	if step.op == "state" {
+		err = harmless(err)
 	}
 	return dchannel.LockState{}, fmt.Errorf("redis: lock: %s: %w", step.op, err)
 }
