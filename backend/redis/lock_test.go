@@ -6,6 +6,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -155,10 +156,8 @@ func TestLockStates(t *testing.T) {
 			for i, step := range strings.Split(c.story, "; ") {
 				act, want, _ := strings.Cut(step, ":")
 				op, arg, _ := strings.Cut(act, " ")
-				var n int
-				fmt.Sscan(arg, &n)
 				fence := uint64(12345)
-				if n < len(fences) {
+				if n, err := strconv.Atoi(arg); err == nil && n < len(fences) {
 					fence = fences[n]
 				}
 				var s dchannel.LockState
@@ -168,9 +167,9 @@ func TestLockStates(t *testing.T) {
 				case "fair":
 					s = l.lineUp(tokens[arg], time.Minute)
 				case "short":
-					s = l.acquire(dchannel.Lease{Token: tokens[arg], TTL: 50 * time.Millisecond})
+					s = l.acquire(dchannel.Lease{Token: tokens[arg], TTL: 300 * time.Millisecond})
 				case "dying":
-					s = l.lineUp(tokens[arg], time.Duration(50*(1+i))*time.Millisecond)
+					s = l.lineUp(tokens[arg], time.Duration(200*(1+i))*time.Millisecond)
 				case "extend":
 					s = l.extend(tokens[arg], time.Minute)
 				case "release":

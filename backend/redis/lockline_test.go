@@ -2,6 +2,8 @@ package redis_test
 
 import (
 	"fmt"
+	"slices"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -37,8 +39,8 @@ func TestLineIsFirstComeFirstServed(t *testing.T) {
 		require.Greater(t, s.Fence, fence)
 		fence = s.Fence
 		order = append(order, s.Info)
-		var i int
-		fmt.Sscan(s.Info, &i)
+		i, err := strconv.Atoi(s.Info)
+		require.NoError(t, err)
 		again := other.lineUp(tokens[i], time.Minute)
 		require.True(t, again.Mine && again.Held)
 		require.Equal(t, n-dead-len(order), again.Waiting)
@@ -53,42 +55,44 @@ func TestLineIsFirstComeFirstServed(t *testing.T) {
 	require.Zero(t, l.state().Waiting)
 }
 
-// Whoever comes again keeps the place, however short its TTL is; and a holder that is
-// gone does not stop the line: the next call of anybody hands over.
+// Holders that are gone do not stop the line: whoever calls next hands over.
 func TestLineMovesOnOverExpiry(t *testing.T) {
 	f := newFixture(t, testserver.RedisConfig{})
 	l := locked{t, f.backend(), "c"}
 	const n = 20
-	l.acquire(dchannel.Lease{Token: dchannel.NewID(), TTL: 300 * time.Millisecond})
-	var mu sync.Mutex
-	var order []int
+	holder := dchannel.NewID()
+	l.try(holder)
+	fences := make([]uint64, n)
 	var wg sync.WaitGroup
 	for i := range n {
-		token := dchannel.NewID()
-		s := l.lineUp(token, 5*time.Second)
+		lease := dchannel.Lease{Token: dchannel.NewID(), TTL: within, Fair: true}
+		s := l.acquire(lease)
 		require.Equal(t, i+1, s.Waiting)
-		wg.Go(func() { // a waiter as the core is one: a timer, and again
+		wg.Go(func() { // a waiter as the core is one, but without hints
 			for !s.Mine {
 				select {
-				case <-time.After(min(s.Remaining, time.Second)):
+				case <-time.After(min(s.Remaining, 10*time.Millisecond)):
 				case <-t.Context().Done():
 					return
 				}
 				var err error
-				if s, err = l.b.Acquire(t.Context(), "c", dchannel.Lease{Token: token, TTL: 20 * time.Millisecond, Fair: true}); err != nil {
+				if s, err = l.b.Acquire(t.Context(), "c", lease); err != nil {
 					t.Error(err)
 					return
 				}
 			}
-			mu.Lock()
-			order = append(order, i)
-			mu.Unlock()
+			fences[i] = s.Fence
+			if _, err := l.b.Extend(t.Context(), "c", lease.Token, time.Millisecond); err != nil {
+				t.Error(err)
+			}
 		})
 	}
-	// With a TTL of 20 ms some lose their places on a slow machine: all get the lock.
+	l.extend(holder, time.Millisecond)
 	wg.Wait()
-	require.Len(t, order, n)
-	require.Zero(t, l.state().Waiting)
+	require.True(t, slices.IsSorted(fences) && fences[0] > 0, "%v", fences)
+	for _, e := range l.expire().Ended {
+		require.Equal(t, dchannel.LockExpired, e.Outcome)
+	}
 }
 
 // A Release that follows an Acquire without an answer can be executed before it. A lock
