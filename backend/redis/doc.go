@@ -36,9 +36,9 @@
 // Redis' expiry of keys plays no part: it may come seconds late, and says nothing about
 // how a generation ended. The deadline is a number in the hash, in microseconds, that
 // each script compares with the server's clock. So a lock is free at its deadline to the
-// microsecond, for whoever asks; nobody is told of it before somebody asks. The
-// hash is kept for a day longer than the lock can be held, with how the last eight
-// generations ended and the tokens that they had.
+// microsecond, for whoever asks; nobody is told of it, and nothing is handed over, before
+// somebody asks. The hash is kept for a day longer than the lock can be held, with how
+// the last eight generations ended and the tokens that they had.
 //
 // While one server runs and keeps its memory, there is at most one holder by that
 // server's clock. These are not promised, and only the fence protects from them:
@@ -52,8 +52,8 @@
 //   - A holder that stands still for longer than its TTL and does not know.
 //
 // A fence is the one before it plus one, or the server's time in microseconds if that is
-// more. So fences grow over a loss too, as long as the clock does not go back over it by
-// more than the loss takes.
+// more. So they grow over a loss of the hash too, unless the clock is then behind the
+// last fence: because it was set back, or because a promoted replica's is.
 //
 // A server that is out of memory refuses new locks, and still extends and releases those
 // that it has.

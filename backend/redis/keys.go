@@ -1,6 +1,9 @@
 package redis
 
-import "strconv"
+import (
+	"strconv"
+	"strings"
+)
 
 // keys makes the names of one partition. All of them begin with the same hash tag,
 // so all are in one slot, and a script may touch any of them.
@@ -37,6 +40,8 @@ func (k keys) push(channel string) string    { return k.tag + "c:" + channel }
 func (k keys) incarnation() string           { return k.tag + "i" }
 func (k keys) probe(id string) string        { return k.tag + "p:" + id }
 func (k keys) notices(channel string) string { return k.tag + "n:" + channel }
+
+func (k keys) isNotice(key string) bool { return strings.HasPrefix(key, k.notices("")) }
 
 // lock returns the keys that the lock is kept in.
 func (k keys) lock(channel string) []string {

@@ -18,11 +18,15 @@ func (b *Backend) WatchLock(ctx context.Context, channel string, hint func()) (d
 	return sub, nil
 }
 
-// lockSink is the sink of a lock's watch: whatever a session has to say is a hint.
+// lockSink is the sink of a lock's watch. The session calls it as a function for each
+// message, whatever stands in that.
 type lockSink func()
 
-func (hint lockSink) Entry(dchannel.Entry) { hint() }
-func (hint lockSink) Resync(error)         { hint() }
+// Entry is never called: what comes on the lock's channel is no entry.
+func (lockSink) Entry(dchannel.Entry) {}
+
+// Resync hints: messages may have been missed.
+func (hint lockSink) Resync(error) { hint() }
 
 // State hints when the watch has ended for good: who waits looks once more, and is
 // told why by the error. Otherwise there is nothing new before the Resync.
@@ -30,9 +34,4 @@ func (hint lockSink) State(s dchannel.State, _ error) {
 	if s == dchannel.StateFailed {
 		hint()
 	}
-}
-
-func (sub *subscription) watchesLock() bool {
-	_, ok := sub.sink.(lockSink)
-	return ok
 }

@@ -145,7 +145,7 @@ func (b *Backend) enter(ctx context.Context) error {
 
 // Remove deletes channel's head and stream, and its lock. The next log gets a later
 // epoch and the next generation a later fence, as these are the server's time in
-// microseconds.
+// microseconds. Who watches the lock gets no hint.
 func (b *Backend) Remove(ctx context.Context, channel string) error {
 	w := &write{cmd: []any{"UNLINK", b.keys.head(channel)}, last: []byte(b.keys.stream(channel))}
 	for _, key := range b.keys.lock(channel) {

@@ -288,8 +288,10 @@ func (s *session) push(c *conn, key, payload string) {
 	s.mu.Lock()
 	sub := s.subs[key]
 	s.mu.Unlock()
-	if sub != nil && sub.watchesLock() {
-		sub.tell(func(to dchannel.Sink) { to.Entry(dchannel.Entry{}) })
+	if s.b.keys.isNotice(key) {
+		if sub != nil {
+			sub.tell(func(to dchannel.Sink) { to.(lockSink)() })
+		}
 		return
 	}
 	e, whole, err := c.parse(key, payload)

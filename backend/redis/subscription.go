@@ -9,8 +9,8 @@ import (
 	"github.com/dchannel/dchannel"
 )
 
-// subscription is one channel, or its lock, on the session's connection. There may be 100,000 of
-// them, so it has no goroutine and is small.
+// subscription is one channel, or its lock, on the session's connection. There may be
+// 100,000 of them, so it has no goroutine and is small.
 type subscription struct {
 	s    *session
 	key  string // the publish/subscribe channel
