@@ -229,6 +229,7 @@ func TestLockTellsItsHolder(t *testing.T) {
 		one, two := dchannel.NewID(), dchannel.NewID()
 		require.Equal(t, info, l.acquire(dchannel.Lease{Token: one, TTL: time.Minute, Info: info}).Info)
 		require.Equal(t, info, l.acquire(dchannel.Lease{Token: two, TTL: time.Hour, Info: "2" + info, Fair: true}).Info)
+		require.Equal(t, time.Minute, l.extend(two, 2*time.Hour).TTL, "not the holder")
 		require.Equal(t, time.Minute, l.state().TTL)
 		require.Equal(t, "2"+info, l.release(one).Info, "handed over with what was asked for")
 		require.Equal(t, time.Hour, l.state().TTL)

@@ -95,6 +95,27 @@ func TestLineMovesOnOverExpiry(t *testing.T) {
 	}
 }
 
+// A place is good for the TTL of the last call, not of the first.
+func TestComingAgainKeepsThePlace(t *testing.T) {
+	f := newFixture(t, testserver.RedisConfig{})
+	l := locked{t, f.backend(), "c"}
+	l.try(dchannel.NewID())
+	first, second := dchannel.NewID(), dchannel.NewID()
+	l.lineUp(first, 300*time.Millisecond)
+	l.lineUp(second, time.Minute)
+	until := func() float64 {
+		us, err := f.admin.ZScore(ctxFor(t), "{dchannel/0}:t:c", first.String()).Result()
+		require.NoError(t, err)
+		return us
+	}
+	before := until()
+	require.Equal(t, 2, l.lineUp(first, time.Minute).Waiting)
+	require.InDelta(t, 60e6, until()-before, 5e6)
+	require.False(t, l.lineUp(second, time.Minute).Mine)
+	l.end(0, dchannel.LockForced)
+	require.True(t, l.lineUp(first, time.Minute).Mine)
+}
+
 // A Release that follows an Acquire without an answer can be executed before it. A lock
 // in the name of nobody, for a whole TTL, must not come of that.
 func TestReleaseOvertakesAcquire(t *testing.T) {
