@@ -12,7 +12,6 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
-	"github.com/dchannel/dchannel/internal/testserver"
 )
 
 const hour = time.Hour
@@ -204,7 +203,7 @@ func TestLockExpires(t *testing.T) {
 }
 
 func TestFencesGrow(t *testing.T) {
-	s := testserver.EtcdForTest(t, testserver.EtcdConfig{})
+	s := server(t)
 	b := backend(t, connect(t, s.URL()))
 	token := dchannel.NewID()
 	last := acquire(t, b, "a", token, hour)
