@@ -3,7 +3,7 @@ package nats
 import (
 	"context"
 	"errors"
-	"fmt"
+	"slices"
 	"sync"
 
 	natsgo "github.com/nats-io/nats.go"
@@ -48,11 +48,7 @@ func (b *Backend) subscribe(ctx context.Context, channel string, sink dchannel.S
 		b.subsMu.Unlock()
 		return nil, err
 	}
-	if _, ok := b.subs[s.subject]; ok {
-		b.subsMu.Unlock()
-		return nil, fmt.Errorf("%w: nats: %q is subscribed already", dchannel.ErrRefused, channel)
-	}
-	b.subs[s.subject] = s
+	b.subs[s.subject] = append(slices.Clip(b.subs[s.subject]), s)
 	b.subsMu.Unlock()
 	s.channel.pin(1)
 	life := b.life.Load()
@@ -125,7 +121,10 @@ func (s *subscription) Close() {
 	s.closed = true
 	b := s.b
 	b.subsMu.Lock()
-	if b.subs[s.subject] == s {
+	left := slices.DeleteFunc(slices.Clone(b.subs[s.subject]), func(o *subscription) bool { return o == s })
+	if len(left) > 0 {
+		b.subs[s.subject] = left
+	} else {
 		delete(b.subs, s.subject)
 	}
 	b.subsMu.Unlock()
@@ -182,7 +181,7 @@ func (b *Backend) subscriptions() []*subscription {
 	defer b.subsMu.RUnlock()
 	subs := make([]*subscription, 0, len(b.subs))
 	for _, s := range b.subs {
-		subs = append(subs, s)
+		subs = append(subs, s...)
 	}
 	return subs
 }
@@ -210,9 +209,9 @@ func (b *Backend) dispatch() {
 
 func (b *Backend) push(m *natsgo.Msg) {
 	b.subsMu.RLock()
-	s := b.subs[m.Subject]
+	subs := b.subs[m.Subject] // never changed, only replaced
 	b.subsMu.RUnlock()
-	if s == nil {
+	if len(subs) == 0 {
 		return
 	}
 	life := b.life.Load()
@@ -222,8 +221,10 @@ func (b *Backend) push(m *natsgo.Msg) {
 		return
 	}
 	b.memory.see(r.place)
-	s.channel.learn(r, life, b.stride())
-	s.entry(r.Entry)
+	subs[0].channel.learn(r, life, b.stride())
+	for _, s := range subs {
+		s.entry(r.Entry)
+	}
 }
 
 func (b *Backend) overflowed() {
