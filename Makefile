@@ -12,6 +12,9 @@ PKG          ?= ./...
 MODULES := . $(patsubst %/go.mod,%,$(wildcard tools/go.mod tools/lint/go.mod bench/go.mod))
 # Those with code of this repository, and not just pinned tools.
 CODE    := . $(patsubst %/go.mod,%,$(wildcard bench/go.mod))
+# Packages that are tested at the same time: each has servers and listeners of its own
+# to keep busy, and bounds of time to prove.
+PARALLEL := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 2 ? n / 2 : 1)))
 # A shell loop that runs its body in every directory of a list, and stops at the
 # first that fails.
 in = set -e; for dir in $(1); do echo "in $$dir:" >&2; (cd $$dir && $(2)); done
@@ -26,7 +29,7 @@ demo: $(filter-out memory,$(BACKEND)) ## Watch a channel at work: BACKEND=memory
 
 .PHONY: test
 test: redis nats etcd cc ## Run all tests, against real servers, with the race detector
-	@$(call in,$(CODE),go vet ./... && go test -race -shuffle=on -timeout=$(TEST_TIMEOUT) $(PKG))
+	@$(call in,$(CODE),go vet ./... && go test -race -shuffle=on -p=$(PARALLEL) -timeout=$(TEST_TIMEOUT) $(PKG))
 
 .PHONY: chaos
 chaos: redis nats etcd ## Put every driver under faults and check the record: CHAOS='flags'

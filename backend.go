@@ -41,7 +41,8 @@ import (
 // Errors wrap exactly one of these sentinels where it applies, and the cause:
 //   - [ErrUnavailable]: surely not done, and worth trying again (server away,
 //     connection refused, loading, election);
-//   - [ErrUncertain]: it may have been done (the connection broke while waiting);
+//   - [ErrUncertain]: it may have been done (the connection broke while waiting), or,
+//     as [ErrForgotten], trying again cannot tell any more;
 //   - [ErrRefused]: surely not done, and no use to try again at once (password,
 //     permission, read-only, out of memory);
 //   - [ErrChanClosed]: the log has ended;
@@ -61,7 +62,7 @@ type Backend interface {
 	//
 	// The append is idempotent by f.ID: when f.Age is positive this is a retry,
 	// and the backend must find the earlier append (and return its position), or
-	// append because it is certain that there was none, or return ErrUncertain
+	// append because it is certain that there was none, or return ErrForgotten
 	// because it can no longer tell.
 	//
 	// On nil the frame is in the log and will be pushed to every subscription.

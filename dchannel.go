@@ -156,8 +156,8 @@ func (c *Channel) Next(ctx context.Context) (Message, error) {
 }
 
 // Messages returns an iterator over the messages, which ends when the channel is
-// closed. An error that is a *LostError is yielded at its place, and the iteration
-// goes on; after any other error, ctx's included, it is over.
+// closed. An error that is a *LostError, or ErrCodec, is yielded at its place, and the
+// iteration goes on; after any other error, ctx's included, it is over.
 func (c *Channel) Messages(ctx context.Context) iter.Seq2[Message, error] {
 	return func(yield func(Message, error) bool) {
 		for {

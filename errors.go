@@ -2,6 +2,7 @@ package dchannel
 
 import (
 	"errors"
+	"fmt"
 	"strconv"
 )
 
@@ -34,6 +35,9 @@ var (
 	// ErrUncertain: what was asked may or may not have happened; nobody can tell
 	// any more. All other errors of Publish mean: surely not sent.
 	ErrUncertain = errors.New("outcome unknown")
+	// ErrForgotten is the ErrUncertain of a retry that will never know more: what the
+	// backend would need to look at is gone.
+	ErrForgotten = fmt.Errorf("%w for good", ErrUncertain)
 	// ErrRefused: the server answered and said no: password, permission, read-only,
 	// out of memory. What was asked surely did not happen.
 	ErrRefused = errors.New("refused by the server")

@@ -15,8 +15,10 @@ import (
 // next one, and everything else is read from the backend until the log and the feed
 // agree again.
 type feed struct {
-	s    *session
-	name string
+	s     *session
+	local *local
+	name  string
+	gone  chan struct{} // closed when the subscription is, or will never be
 
 	// users counts handles and those who wait to become one; kept under s.mu.
 	users int
@@ -178,9 +180,7 @@ func (f *feed) finish(p phase) {
 	}
 	// Aside: Close waits for a running sink method, and this may be one.
 	go func() {
-		if sub != nil {
-			sub.Close()
-		}
+		f.unsubscribe(sub)
 		f.s.over(f)
 		for _, h := range handles {
 			h.free()
@@ -341,8 +341,23 @@ func (f *feed) sweep() {
 func (f *feed) end() uint64 { return f.base + uint64(len(f.ring)-f.off) }
 
 // attach subscribes and learns the head; on its own goroutine, until it succeeds,
-// fails for good, or nobody wants it any more.
-func (f *feed) attach(ctx context.Context) {
+// fails for good, or nobody wants it any more. It begins when the channel's feed
+// before this one is gone, if there was one.
+func (f *feed) attach(ctx context.Context, before <-chan struct{}) {
+	subscribed := false
+	defer func() {
+		if !subscribed {
+			f.leftServer()
+		}
+	}()
+	if before != nil {
+		select {
+		case <-before:
+		case <-ctx.Done():
+			<-before // soon: closing waits for no server, and who comes next waits for us
+			return
+		}
+	}
 	var b backoff
 	for {
 		call, done := context.WithTimeout(ctx, attempt)
@@ -359,6 +374,7 @@ func (f *feed) attach(ctx context.Context) {
 		if err == nil {
 			f.cancel()
 			f.sub, f.conn, f.cancel = sub, StateLive, nil
+			subscribed = true
 			f.s.heads.ask(f)
 			f.mu.Unlock()
 			return

@@ -162,9 +162,6 @@ func (r *reader) pop() (m Message, ok bool, err error) {
 		}
 		if r.popped == len(r.batch) {
 			r.popped, r.batch = 0, r.batch[:0]
-			if cap(r.batch) > keepNodes {
-				r.batch = nil
-			}
 			return m, false, nil
 		}
 		n := r.batch[r.popped]
@@ -223,11 +220,17 @@ func (r *reader) take(f *feed) took {
 		if f.phase > behind {
 			return noMore
 		}
+		if cap(r.batch) > keepNodes {
+			r.batch = nil
+		}
 		if !r.asleep {
 			r.asleep = true
 			f.sleeping = append(f.sleeping, r.handle)
 		}
 		return nothing
+	}
+	if n := min(int(f.end()-r.cur), takeNodes); cap(r.batch) < n {
+		r.batch = make([]node, 0, n)
 	}
 	bytes := 0
 	for r.cur < f.end() && len(r.batch) < takeNodes && bytes < takeBytes {
@@ -246,10 +249,13 @@ func (r *reader) take(f *feed) took {
 func (r *reader) push(n node) {
 	switch {
 	case n.gap != nil:
-		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq {
+		if n.gap.Next.Epoch == r.end.Epoch && n.gap.Next.Seq <= r.end.Seq && r.end.Seq > 0 {
 			return
 		}
-		r.end = cursor{Position: Position{n.gap.Next.Epoch, n.gap.Next.Seq - 1}}
+		r.end = cursor{Position: n.gap.Next}
+		if r.end.Seq > 0 {
+			r.end.Seq--
+		}
 	case n.entry.Epoch == r.end.Epoch && n.entry.Seq <= r.end.Seq:
 		return
 	default:

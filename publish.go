@@ -27,6 +27,8 @@ type publisher struct {
 	bytes int           // in the queue and under way
 	space chan struct{} // closed when bytes fall; made on demand
 	free  []*waiter
+	// down is why the batch before could not be delivered in its time.
+	down error
 }
 
 // softFrame is the size at which a frame takes no further message. Measured on
@@ -44,12 +46,16 @@ type batch struct {
 
 	waiters []*waiter
 	async   []asyncShare
+	// queued is when its first message came: the time of WithTimeout begins there.
+	queued time.Time
 	// began is when the first attempt did; zero: not yet.
 	began time.Time
 	// sent: an attempt is under way, or one had an unknown outcome. Until then a
 	// message can still be taken back.
 	sent bool
 	last error // of the latest attempt
+	// giveUp ends the attempt that is under way, if one is.
+	giveUp context.CancelFunc
 }
 
 // waiter is a caller that waits for its message's outcome.
@@ -112,6 +118,7 @@ func (p *publisher) retry(ctx context.Context, h *handle, b batch, err error) er
 	w := p.waiter()
 	w.off, w.n = 1, len(b.data)-1
 	b.began, b.last, b.sent = time.Now(), err, errors.Is(err, ErrUncertain)
+	b.queued = b.began
 	b.timeout = h.o.timeout
 	b.waiters = []*waiter{w}
 	p.queue = append(p.queue, &b)
@@ -154,7 +161,7 @@ func (p *publisher) sendAsync(ctx context.Context, h *handle, r frame.Record) er
 func (p *publisher) close(ctx context.Context, h *handle) error {
 	p.mu.Lock()
 	w := p.waiter()
-	b := &batch{id: NewID(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
+	b := &batch{id: NewID(), queued: time.Now(), closing: true, keep: h.o.closeKeep, timeout: h.o.timeout, waiters: []*waiter{w}}
 	p.queue = append(p.queue, b)
 	p.launch()
 	p.mu.Unlock()
@@ -170,7 +177,7 @@ func (p *publisher) add(r frame.Record, timeout time.Duration) (b *batch, n int)
 	}
 	limit := min(softFrame, p.local.s.maxFrame)
 	if b == nil || b.closing || !b.began.IsZero() || len(b.data)+size > limit {
-		b = &batch{id: NewID()}
+		b = &batch{id: NewID(), queued: time.Now()}
 		b.data = frame.Begin(make([]byte, 0, max(size+1, 256)))
 		p.queue = append(p.queue, b)
 	}
@@ -207,12 +214,22 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	w.gone = true
+	if b.sent && b.giveUp != nil && b.abandoned() {
+		// Nobody else waits: end the attempt, and hear whether it got anywhere.
+		b.giveUp()
+		p.mu.Unlock()
+		err, known := w.outcome()
+		p.mu.Lock()
+		if known {
+			return gaveUp(ctx, err)
+		}
+	}
 	select {
 	case err := <-w.done: // just now
 		return err
 	default:
 	}
-	w.gone = true
 	switch {
 	case b.sent && b.last != nil:
 		return fmt.Errorf("%w: %w (%w)", ErrUncertain, ctx.Err(), certainly(b.last))
@@ -224,6 +241,35 @@ func (p *publisher) await(ctx context.Context, b *batch, w *waiter) error {
 		return fmt.Errorf("%w (%w)", ctx.Err(), b.last)
 	}
 	return ctx.Err()
+}
+
+// grace is how long a caller whose context has ended waits to hear what became of the
+// attempt that was ended with it: less than the 100 ms within which it has to return.
+const grace = 50 * time.Millisecond
+
+func (w *waiter) outcome() (err error, known bool) {
+	t := time.NewTimer(grace)
+	defer t.Stop()
+	select {
+	case err = <-w.done:
+		return err, true
+	case <-t.C:
+		return nil, false
+	}
+}
+
+// gaveUp is the error of a call whose context ended before the outcome err was known;
+// nil is nil.
+func gaveUp(ctx context.Context, err error) error {
+	switch {
+	case err == nil || errors.Is(err, ctx.Err()) || errors.Is(err, ErrChanClosed):
+		return err
+	case errors.Is(err, ErrUncertain):
+		return fmt.Errorf("%w: %w (%w)", ErrUncertain, ctx.Err(), certainly(err))
+	case errors.Is(err, context.Canceled): // our own
+		return ctx.Err()
+	}
+	return fmt.Errorf("%w (%w)", ctx.Err(), err)
 }
 
 // takeBack removes w's message from b, which was surely not sent.
@@ -274,6 +320,13 @@ func (p *publisher) fly() {
 		err := p.deliver(b)
 
 		p.mu.Lock()
+		if p.down = nil; err != nil && !final(err) {
+			// For those behind it, which were not tried, this is surely not sent.
+			p.down = err
+			if !errors.Is(err, ErrUnavailable) {
+				p.down = fmt.Errorf("%w: %v", ErrUnavailable, err) //nolint:errorlint // not its ErrUncertain
+			}
+		}
 		p.queue[0] = nil
 		p.queue = p.queue[1:]
 		p.freed(max(0, len(b.data)-1))
@@ -296,26 +349,33 @@ func (p *publisher) fly() {
 // waits for it any more.
 func (p *publisher) deliver(b *batch) error {
 	s := p.local.s
-	start := time.Now()
 	uncertain := b.sent
 	var wait backoff
 	for {
 		p.mu.Lock()
 		if b.count == 0 && !b.closing || b.abandoned() {
-			p.mu.Unlock()
-			return context.Canceled // to nobody
+			defer p.mu.Unlock()
+			return b.outcome(uncertain)
+		}
+		left := b.timeout - time.Since(b.queued)
+		if left <= 0 && b.began.IsZero() && p.down != nil {
+			// It stood in line behind one that failed for longer than it has time.
+			defer p.mu.Unlock()
+			b.sent = true
+			return p.down
 		}
 		b.sent = true
 		f := Frame{ID: b.id, Count: b.count, Data: b.data}
-		left := b.timeout - time.Since(start)
 		if !b.began.IsZero() {
 			f.Age = max(1, time.Since(b.began))
 		} else {
 			b.began = time.Now()
+			left = b.timeout // a queue that is long is no outage
 		}
+		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
+		b.giveUp = done
 		p.mu.Unlock()
 
-		ctx, done := context.WithTimeout(s.ctx, max(min(attempt, left), 10*time.Millisecond))
 		var err error
 		if b.closing {
 			_, err = s.backend.MarkClosed(ctx, p.local.name, b.id, b.keep)
@@ -326,36 +386,45 @@ func (p *publisher) deliver(b *batch) error {
 		switch {
 		case err == nil:
 			return nil
-		case errors.Is(err, ErrChanClosed):
+		case errors.Is(err, ErrChanClosed), errors.Is(err, ErrForgotten):
 			return err
-		case errors.Is(err, ErrUncertain), !final(err) && !errors.Is(err, ErrUnavailable):
+		case errors.Is(err, ErrUncertain):
 			uncertain = true
-		case errors.Is(err, ErrUnavailable):
-		default:
+		case final(err):
 			if uncertain {
 				err = fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
 			}
 			return err
 		}
 		p.mu.Lock()
-		b.last = err
+		if b.last == nil || !errors.Is(err, context.Canceled) {
+			b.last = err // and not just that we gave up
+		}
 		b.sent = uncertain
 		p.mu.Unlock()
 
-		left = b.timeout - time.Since(start)
+		left = b.timeout - time.Since(b.queued)
 		ctx, done = context.WithTimeout(s.ctx, left)
 		again := left > 0 && wait.sleep(ctx)
 		done()
 		if !again {
 			p.mu.Lock()
+			defer p.mu.Unlock()
 			b.sent = true // too late to take anything back
-			p.mu.Unlock()
-			if uncertain {
-				return fmt.Errorf("%w: %w", ErrUncertain, certainly(err))
-			}
-			return err
+			return b.outcome(uncertain)
 		}
 	}
+}
+
+// outcome is what is known when b is given up.
+func (b *batch) outcome(uncertain bool) error {
+	switch {
+	case uncertain:
+		return fmt.Errorf("%w: %w", ErrUncertain, certainly(b.last))
+	case b.last == nil: // never tried
+		return context.Canceled
+	}
+	return b.last
 }
 
 // abandoned: nobody waits for the outcome.

@@ -21,8 +21,12 @@ type session struct {
 	immediate ImmediatePublisher // the backend, if it is one
 	maxFrame  int                // bytes
 
-	mu     sync.Mutex
-	locals map[string]*local
+	checkEvery time.Duration // 0: never
+
+	mu      sync.Mutex
+	locals  map[string]*local
+	feeds   int                // of locals
+	uncheck context.CancelFunc // while there are feeds to be checked
 }
 
 // local is what the handles of one channel share in this process: one upstream
@@ -32,6 +36,9 @@ type local struct {
 	name string
 	refs int   // handles; under s.mu
 	feed *feed // under s.mu
+	// gone is closed when the feed before the next one has no subscription any more:
+	// a backend has at most one of a channel. nil: there was none. Under s.mu.
+	gone chan struct{}
 	pub  publisher
 }
 
@@ -72,8 +79,8 @@ func acquire(b Backend, name string) *local {
 			s.maxFrame = min(s.maxFrame, l.MaxFrame())
 		}
 		sessions.of[b] = s
-		if c, ok := b.(Checker); ok && c.CheckEvery() > 0 {
-			go s.check(c.CheckEvery())
+		if c, ok := b.(Checker); ok {
+			s.checkEvery = c.CheckEvery()
 		}
 	}
 	s.mu.Lock()
@@ -117,11 +124,14 @@ func (l *local) upstream() *feed {
 	l.s.mu.Lock()
 	defer l.s.mu.Unlock()
 	if l.feed == nil {
-		f := &feed{s: l.s, name: l.name, since: time.Now()}
+		f := &feed{s: l.s, local: l, name: l.name, since: time.Now(), gone: make(chan struct{})}
 		var ctx context.Context
 		ctx, f.cancel = context.WithCancel(l.s.ctx)
-		l.feed = f
-		go f.attach(ctx)
+		before := l.gone
+		l.feed, l.gone = f, f.gone
+		l.s.count(+1)
+		l.refs++ // until it has no subscription
+		go f.attach(ctx, before)
 	}
 	l.feed.users++
 	return l.feed
@@ -132,8 +142,8 @@ func (l *local) leave(f *feed) {
 	l.s.mu.Lock()
 	f.users--
 	last := f.users == 0
-	if last && l.feed == f {
-		l.feed = nil
+	if last {
+		l.s.forget(l, f)
 	}
 	l.s.mu.Unlock()
 	if !last {
@@ -150,9 +160,22 @@ func (l *local) leave(f *feed) {
 	}
 	f.pending = nil
 	f.mu.Unlock()
+	f.unsubscribe(sub)
+}
+
+// unsubscribe closes sub, which was taken out of f, and lets the next feed of the
+// channel subscribe. Without one it does nothing: then attach or somebody else does.
+func (f *feed) unsubscribe(sub Subscription) {
 	if sub != nil {
 		sub.Close()
+		f.leftServer()
 	}
+}
+
+// leftServer notes that f has no subscription and will not get one. It is called once.
+func (f *feed) leftServer() {
+	close(f.gone)
+	f.local.release()
 }
 
 // over makes room for a next feed of the channel, now that f has ended or failed:
@@ -160,19 +183,42 @@ func (l *local) leave(f *feed) {
 func (s *session) over(f *feed) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if l := s.locals[f.name]; l != nil && l.feed == f {
+	if l := s.locals[f.name]; l != nil {
+		s.forget(l, f)
+	}
+}
+
+// forget makes room for a next feed in l. s.mu is held.
+func (s *session) forget(l *local, f *feed) {
+	if l.feed == f {
 		l.feed = nil
+		s.count(-1)
+	}
+}
+
+// count keeps the number of feeds; positions are checked while there are any. s.mu is
+// held.
+func (s *session) count(n int) {
+	s.feeds += n
+	switch {
+	case s.feeds == 0 && s.uncheck != nil:
+		s.uncheck()
+		s.uncheck = nil
+	case s.feeds > 0 && s.uncheck == nil && s.checkEvery > 0:
+		ctx, cancel := context.WithCancel(s.ctx)
+		s.uncheck = cancel
+		go s.check(ctx)
 	}
 }
 
 // check compares all positions every so often, for a backend that asks for it.
-func (s *session) check(every time.Duration) {
-	t := time.NewTicker(every)
+func (s *session) check(ctx context.Context) {
+	t := time.NewTicker(s.checkEvery)
 	defer t.Stop()
 	for {
 		select {
 		case <-t.C:
-		case <-s.ctx.Done():
+		case <-ctx.Done():
 			return
 		}
 		s.mu.Lock()

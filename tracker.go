@@ -84,6 +84,9 @@ const (
 func (t *tracker) page(name string, p Page, calm bool, rewind func(Head) uint64, duplicate func(Entry) bool, emit func(node)) (atHead bool) {
 	h := p.Head
 	gap := func(n uint64, next Position, cause string) {
+		if next.Epoch == 0 {
+			next = Position{} // there is no log to go on in yet
+		}
 		emit(node{gap: &LostError{Channel: name, Count: n, After: t.Position, Next: next, Cause: cause}})
 	}
 	stateLost := t.incarnation != (ID{}) && h.Incarnation != (ID{}) && h.Incarnation != t.incarnation

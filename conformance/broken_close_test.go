@@ -29,7 +29,7 @@ var closeMutants = []mutant{
 		h, _ := harnessWith(func(_ *lab, b *broken) {
 			b.publish = func(ctx context.Context, channel string, f dchannel.Frame) (dchannel.Position, error) {
 				if f.Count > 1 {
-					time.Sleep(20 * time.Millisecond) // the queue's turn is long enough to be overtaken
+					<-time.After(20 * time.Millisecond) // the queue's turn is long enough to be overtaken
 				}
 				return b.Backend.Publish(ctx, channel, f)
 			}

@@ -11,7 +11,7 @@ var costMutants = []mutant{
 	{"OneUpstream", "a channel is subscribed twice", breaking(func(_ *lab, b *broken) {
 		b.subscribe = func(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error) {
 			f := &filter{}
-			second, err := b.Backend.Subscribe(ctx, channel, nobody{})
+			second, err := b.Backend.(*line).Backend.Subscribe(ctx, channel, nobody{})
 			if err != nil {
 				return nil, err
 			}
@@ -33,7 +33,7 @@ var costMutants = []mutant{
 	})},
 	{"NoLeak", "the end of a subscription leaves it on the server", breaking(func(_ *lab, b *broken) {
 		b.subscribe = func(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error) {
-			f := &filter{sink: sink, sub: kept{}}
+			f := &filter{sink: sink, sub: kept{b.Backend.(*line), channel}}
 			_, err := b.Backend.Subscribe(ctx, channel, f)
 			return f, err
 		}
@@ -47,9 +47,16 @@ func (nobody) Resync(error)                {}
 func (nobody) State(dchannel.State, error) {}
 
 // kept is a subscription that does not end.
-type kept struct{}
+type kept struct {
+	l       *line
+	channel string
+}
 
-func (kept) Close() {}
+func (k kept) Close() {
+	k.l.mu.Lock()
+	defer k.l.mu.Unlock()
+	delete(k.l.taken, k.channel)
+}
 
 var faultMutants = []mutant{
 	{"Cut", "nobody looks for what was missed in a second cut", breaking(func(l *lab, b *broken) {

@@ -288,7 +288,7 @@ type lingering struct{ *dchannel.Channel }
 func (l lingering) Next(ctx context.Context) (dchannel.Message, error) {
 	m, err := l.Channel.Next(ctx)
 	if err != nil && ctx.Err() != nil {
-		time.Sleep(150 * time.Millisecond)
+		<-time.After(150 * time.Millisecond)
 	}
 	return m, err
 }

@@ -15,7 +15,7 @@ import (
 type broken struct {
 	dchannel.Backend // what works
 	lab              *lab
-	short            bool // made by Short.New
+	short            bool // made by Short's functions
 
 	publish   func(ctx context.Context, channel string, f dchannel.Frame) (dchannel.Position, error)
 	mark      func(ctx context.Context, channel string, id dchannel.ID, keep time.Duration) (dchannel.Position, error)
@@ -105,6 +105,7 @@ func harnessWith(damage func(l *lab, b *broken)) (Harness, *lab) {
 	h.Short = &short
 	h.New = func(t testing.TB) dchannel.Backend { return wrap(base.New(t), false) }
 	short.New = func(t testing.TB) dchannel.Backend { return wrap(base.Short.New(t), true) }
+	short.Few = func(t testing.TB) dchannel.Backend { return wrap(base.Short.Few(t), true) }
 	h.Cut = func(t testing.TB, b dchannel.Backend) func() {
 		l.mu.Lock()
 		l.cuts[b.(*broken)]++

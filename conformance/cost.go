@@ -20,6 +20,7 @@ var cost = []guarantee{
 		cases: []testCase{
 			{"Handles", oneUpstream},
 			{"Channels", fewConnections},
+			{"Churn", churn},
 		},
 	},
 	{
@@ -81,6 +82,33 @@ func fewConnections(e *env) {
 	if more := len(e.goroutines()) - before; more > n/10 {
 		e.fatalf("%d channels at rest have %d goroutines; for example\n%s", n, more, e.goroutines()[before])
 	}
+}
+
+// churn opens and leaves one channel again and again, from several goroutines, and so
+// subscribes while the end of the subscription before is under way.
+func churn(e *env) {
+	b := e.backend()
+	name, closed := e.name("churn"), e.name("closed")
+	if err := e.handle(b, closed).Close(); err != nil {
+		e.fatalf("Close: %v", err)
+	}
+	var turns []func()
+	for range 4 {
+		turns = append(turns, func() {
+			for range 25 {
+				for _, name := range []string{name, closed} {
+					h := e.open(b, name)
+					if err := h.Detach(); err != nil {
+						e.fatalf("Detach: %v", err)
+					}
+				}
+			}
+		})
+	}
+	e.all(turns...)
+	h := e.attach(name, b)[0]
+	e.publish(h, "still there")
+	e.expect(h, "still there")
 }
 
 // rest waits until the number of the case's goroutines does not change any more, as

@@ -316,7 +316,9 @@ func order(e *env) {
 		for p, h := range hs {
 			turns = append(turns, func() {
 				for i := range each {
-					e.record(&log, h, fmt.Sprint("p", p), round*each+i)
+					if err := e.record(&log, h, fmt.Sprint("p", p), round*each+i); err != nil {
+						e.fatalf("Publish: %v", err)
+					}
 				}
 			})
 		}
@@ -372,7 +374,9 @@ func resumeAtPosition(e *env) {
 		e.fatalf("Flush: %v", err)
 	}
 	for i := range n {
+		ctx, done := e.patient()
 		m, err := h.Next(ctx)
+		done()
 		if err != nil {
 			e.fatalf("message %d: %s", i, e.why(err))
 		}
@@ -391,14 +395,15 @@ func resumeAtPosition(e *env) {
 }
 
 func lossBeyondRetention(e *env) {
-	e.need(e.h.Short != nil, "Short")
 	e.need(e.h.Cut != nil, "Cut")
-	a, b := e.short(), e.short()
+	a, b := e.few(), e.few()
 	hs := e.attach(e.name("beyond"), a, b)
 	var log history
 	send := func(from, n int) {
 		for i := range n {
-			e.record(&log, hs[0], "p", from+i)
+			if err := e.record(&log, hs[0], "p", from+i); err != nil {
+				e.fatalf("Publish: %v", err)
+			}
 		}
 	}
 	send(0, 5)
@@ -410,27 +415,24 @@ func lossBeyondRetention(e *env) {
 	e.recordTo(&log, hs[1], "cut", fmt.Sprint("p#", 5+n-1))
 	send(5+n, 5)
 	e.recordTo(&log, hs[1], "cut", fmt.Sprint("p#", 5+n+4))
-	if log.losses("cut") == 0 {
-		e.fatalf("%d messages were published while the listener was cut off, %d are retained, and it was told of no loss",
-			n, e.h.Short.Messages)
-	}
+	// A push that resumes from the store's own history may bring more than is retained:
+	// then there is no loss to tell.
 	e.judge(&log, checks{lossOK: true})
 }
 
 func lossBeforePosition(e *env) {
-	e.need(e.h.Short != nil, "Short")
-	a := e.short()
+	a := e.few()
 	h := e.attach(e.name("before"), a)[0]
 	e.publish(h, "the last one that was read")
 	ctx, done := e.patient()
-	defer done()
 	last, err := h.Next(ctx)
+	done()
 	if err != nil {
 		e.fatalf("Next: %s", e.why(err))
 	}
 	n := e.h.Short.Messages + e.h.Short.Dropped
 	e.publishMany(h, "m", n)
-	late := e.open(e.short(), h.Name(), dchannel.WithStart(dchannel.After(last.Position)))
+	late := e.open(e.few(), h.Name(), dchannel.WithStart(dchannel.After(last.Position)))
 	lost := e.expectLost(late)
 	if lost.After != last.Position || lost.Count == 0 || lost.Count > uint64(n) ||
 		lost.Next != (dchannel.Position{Epoch: last.Position.Epoch, Seq: last.Position.Seq + lost.Count + 1}) {
@@ -453,9 +455,9 @@ func publishWhileDown(e *env) {
 	heal := e.once(e.h.Cut(e.tb, a))
 	var log history
 	for i := range 2 {
-		e.record(&log, short, "cut off", i)
+		_ = e.record(&log, short, "cut off", i) // the record has the error
 	}
-	e.recordCall(&log, "async", 0, func(ctx context.Context, v any) error {
+	_ = e.recordCall(&log, "async", 0, func(ctx context.Context, v any) error {
 		if err := short.PublishAsync(ctx, v); err != nil {
 			return err
 		}

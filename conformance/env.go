@@ -140,7 +140,7 @@ func (e *env) body(f func()) {
 // start runs f on a goroutine that the case waits for at its end.
 func (e *env) start(f func()) { e.wg.Go(func() { e.body(f) }) }
 
-// both runs all of fs at once and waits for them. If one of them failed, so has the
+// all runs all of fs at once and waits for them. If one of them failed, so has the
 // caller.
 func (e *env) all(fs ...func()) {
 	var wg sync.WaitGroup
@@ -264,6 +264,12 @@ func (e *env) backend() dchannel.Backend { return e.owned(e.h.New(e.tb)) }
 func (e *env) short() dchannel.Backend {
 	e.need(e.h.Short != nil, "Short")
 	return e.owned(e.h.Short.New(e.tb))
+}
+
+// few is backend, for one that retains few messages.
+func (e *env) few() dchannel.Backend {
+	e.need(e.h.Short != nil, "Short")
+	return e.owned(e.h.Short.Few(e.tb))
 }
 
 func (e *env) owned(b dchannel.Backend) dchannel.Backend {

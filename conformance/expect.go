@@ -179,7 +179,7 @@ func oneOf(errs []error) string {
 // counts; cancelled says how the context ends.
 func (e *env) prompt(what string, call func(ctx context.Context) error, check func(err, ctxErr error) string) {
 	best := time.Duration(1<<63 - 1)
-	for i := 0; i < 8 && best > promptly; i++ {
+	for i := 0; i < 20 && best > promptly; i++ {
 		ctx, cancel := context.WithTimeout(e.ctx, 15*time.Millisecond)
 		if i%2 == 0 { // by hand this time
 			cancel()

@@ -56,7 +56,6 @@ type storm struct {
 	e         *env
 	log       history
 	listeners []Handle
-	mu        sync.Mutex
 	publish   [2]func() // stops that process's publisher
 	next      [2]int
 }

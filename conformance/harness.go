@@ -95,13 +95,17 @@ type Harness struct {
 type Short struct {
 	// New is Harness.New with the settings below.
 	New func(t testing.TB) dchannel.Backend
+	// Few is New, but what is retained is retained for minutes: for cases that count
+	// what was dropped, and must not be hurried. nil: New serves for these, too, and
+	// they may fail on a busy machine.
+	Few func(t testing.TB) dchannel.Backend
 	// Messages is how many messages a channel retains at least; some tens.
 	Messages int
 	// Dropped is how many further ones, each published alone, make sure that some
 	// have been dropped. 0 stands for 300.
 	Dropped int
-	// Retention is for how long messages are retained, at the most: more than a case
-	// needs to publish Messages+Dropped, as short as the server allows.
+	// Retention is for how long messages are retained, at the most: as short as the
+	// server allows.
 	Retention time.Duration
 	// Gone is after how much time without a publish nothing is left of a channel, at
 	// the most: the idle expiry, and what the server may take longer. Not below
@@ -147,10 +151,15 @@ func (h Harness) filled() Harness {
 	if h.Wrap == nil {
 		h.Wrap = func(ch *dchannel.Channel, _ dchannel.Backend) Handle { return ch }
 	}
-	if h.Short != nil && h.Short.Dropped <= 0 {
+	if h.Short != nil {
 		s := *h.Short
-		s.Dropped = defaultDropped
 		h.Short = &s
+		if s.Dropped <= 0 {
+			h.Short.Dropped = defaultDropped
+		}
+		if s.Few == nil {
+			h.Short.Few = s.New
+		}
 	}
 	return h
 }

@@ -315,7 +315,6 @@ func (l *history) validateListener(x *listening, c checks, bad func(guarantee, f
 			switch {
 			case p == nil:
 				bad("RoundTrip", "listener %s got %q, which nobody published", x.name, ev.payload)
-				break
 			case p.outcome == refused:
 				bad("Accepted", "listener %s got %q, and its Publish had said that it surely was not sent: %v", x.name, ev.payload, p.err)
 			case seen[ev.payload]:

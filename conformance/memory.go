@@ -23,11 +23,13 @@ const shortMemory = 1500 * time.Millisecond
 func onMemory(idle memory.Option) Harness {
 	s := newMemoryServer()
 	short := newMemoryServer(memory.WithRetention(64, shortMemory), idle)
-	servers := []*memoryServer{s, short}
+	few := newMemoryServer(memory.WithRetention(64, memory.DefaultRetention))
+	servers := []*memoryServer{s, short, few}
 	return Harness{
 		New: func(testing.TB) dchannel.Backend { return s.connect() },
 		Short: &Short{
 			New:       func(testing.TB) dchannel.Backend { return short.connect() },
+			Few:       func(testing.TB) dchannel.Backend { return few.connect() },
 			Messages:  64,
 			Dropped:   100,
 			Retention: shortMemory,
@@ -82,7 +84,7 @@ func newMemoryServer(opts ...memory.Option) *memoryServer {
 }
 
 func (s *memoryServer) connect() *line {
-	l := &line{Backend: s.store.Backend(), server: s, sinks: map[*lineSink]struct{}{}}
+	l := &line{Backend: s.store.Backend(), server: s, sinks: map[*lineSink]struct{}{}, taken: map[string]bool{}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lines = append(s.lines, l)
@@ -113,6 +115,7 @@ type line struct {
 	mu    sync.Mutex
 	hole  chan struct{} // not nil while it is silent; closed by heal
 	sinks map[*lineSink]struct{}
+	taken map[string]bool // channels that have a subscription, or are about to
 }
 
 var errSilence = errors.New("no answer, and at last the connection was reset")
@@ -210,23 +213,36 @@ func (l *line) Subscribe(ctx context.Context, channel string, sink dchannel.Sink
 	if err := l.silence(ctx, dchannel.ErrUnavailable); err != nil {
 		return nil, err
 	}
-	s := &lineSink{line: l, sink: sink}
+	if _, err := l.Backend.Heads(ctx, nil); err != nil {
+		return nil, err
+	}
+	// The core promises drivers that there is never a second one.
+	l.mu.Lock()
+	taken := l.taken[channel]
+	l.taken[channel] = true
+	l.mu.Unlock()
+	if taken {
+		return nil, fmt.Errorf("a second subscription of %q", channel)
+	}
+	s := &lineSink{line: l, channel: channel, sink: sink}
 	sub, err := l.Backend.Subscribe(ctx, channel, s)
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if err != nil {
+		delete(l.taken, channel)
 		return nil, err
 	}
 	s.sub = sub
-	l.mu.Lock()
-	defer l.mu.Unlock()
 	l.sinks[s] = struct{}{}
 	return s, nil
 }
 
 // lineSink stands between the store and a sink.
 type lineSink struct {
-	line *line
-	sink dchannel.Sink
-	sub  dchannel.Subscription
+	line    *line
+	channel string
+	sink    dchannel.Sink
+	sub     dchannel.Subscription
 
 	mu     sync.Mutex
 	silent bool
@@ -279,9 +295,14 @@ func (s *lineSink) restore() {
 func (s *lineSink) Close() {
 	s.sub.Close()
 	s.mu.Lock()
+	again := s.closed
 	s.closed = true
 	s.mu.Unlock()
+	if again {
+		return
+	}
 	s.line.mu.Lock()
 	defer s.line.mu.Unlock()
 	delete(s.line.sinks, s)
+	delete(s.line.taken, s.channel)
 }

@@ -3,6 +3,7 @@ package etcd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"time"
 
@@ -43,30 +44,54 @@ func (b *Backend) append(ctx context.Context, channel string, e dchannel.Entry, 
 	a := appendage{name: escape(channel), entry: e, life: life}
 	c := b.tails.hold(a.name)
 	defer b.tails.release(c)
-	select { // one append of a channel at a time: with its own kind it would only race
-	case c.turn <- struct{}{}:
-		defer func() { <-c.turn }()
-	case <-ctx.Done():
-		return dchannel.Position{}, unsent(ctx, "waiting for an append of the same channel")
+	if err := b.await(ctx, c); err != nil {
+		return dchannel.Position{}, b.sinceThen(ctx, a, age, err)
 	}
-	if err := b.ready(ctx); err != nil {
-		return dchannel.Position{}, err
-	}
+	defer func() { <-c.turn }()
 	if age > 0 {
 		pos, found, err := b.settle(ctx, a, c, age)
 		if found || err != nil {
-			return pos, err
+			return pos, b.sinceThen(ctx, a, age, err)
 		}
 	}
 	return b.attempt(ctx, a, c)
 }
 
+// await takes the channel's turn and a connection. One append of a channel at a time: with its own
+// kind it would only race.
+func (b *Backend) await(ctx context.Context, c *belief) error {
+	select {
+	case c.turn <- struct{}{}:
+	case <-ctx.Done():
+		return unsent(ctx, "waiting for an append of the same channel")
+	}
+	err := b.ready(ctx)
+	if err != nil {
+		<-c.turn
+	}
+	return err
+}
+
+// sinceThen is the error of a retry that failed before it was known what became of the first
+// attempt: that this one was not sent says nothing about the other.
+func (b *Backend) sinceThen(ctx context.Context, a appendage, age time.Duration, err error) error {
+	from, known := b.tails.floor(a.entry.ID)
+	if err == nil || age == 0 || known && !from.sent ||
+		errors.Is(err, dchannel.ErrUncertain) || errors.Is(err, dchannel.ErrChanClosed) {
+		return err
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", dchannel.ErrUncertain, ended(ctx))
+	}
+	return fmt.Errorf("%w: %v", dchannel.ErrUncertain, err) //nolint:errorlint // its sentinel is of this attempt alone
+}
+
 // attempt sends the transaction until it is decided.
 func (b *Backend) attempt(ctx context.Context, a appendage, c *belief) (dchannel.Position, error) {
 	for conflicts := 0; ; {
-		head, known := b.tails.get(c)
-		if known && head.closed { // true once; the marker may have expired since
-			known, head = false, tail{}
+		head := b.tails.get(c)
+		if head.closed { // true once; the marker may have expired since
+			head = tail{}
 		}
 		ops, next, err := b.appendOps(ctx, a, head)
 		if err != nil {

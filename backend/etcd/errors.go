@@ -39,6 +39,9 @@ func mapError(ctx context.Context, err error, write bool) error {
 // classify returns the sentinel for what surely did not happen, nil for what may have. etcd proposes
 // nothing after one of these (server/etcdserver/v3_server.go, api/v3rpc/interceptor.go).
 func classify(err error) error {
+	if _, desc, ok := strings.Cut(err.Error(), " desc = "); ok && status.Code(err) == codes.Unknown {
+		err = errors.New(desc) // why a watch was cancelled comes as text
+	}
 	err = rpctypes.Error(err)
 	switch {
 	case errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, rpctypes.ErrTooManyRequests),

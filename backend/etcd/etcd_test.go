@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -18,7 +19,13 @@ import (
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// The client's logger tells of every broken connection, which is what these tests make.
+	if err := os.Setenv("ETCD_CLIENT_DEBUG", "panic"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // patience is how long a test waits for what must come.
 const patience = 20 * time.Second
@@ -117,7 +124,8 @@ func (s *sink) await(t testing.TB, what string, cond func() bool) {
 		select {
 		case <-changed:
 		case <-deadline:
-			require.FailNow(t, "not in time: "+what)
+			require.FailNow(t, "not in time: "+what, "%d entries, states %v, resyncs %v",
+				len(s.entries), s.states[max(len(s.states)-8, 0):], s.resyncs[max(len(s.resyncs)-8, 0):])
 		}
 	}
 }

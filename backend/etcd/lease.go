@@ -110,5 +110,5 @@ func coarse(d time.Duration) time.Duration {
 	for step*16 <= d {
 		step *= 2
 	}
-	return (d + step - 1) / step * step
+	return (d + step - 1).Truncate(step)
 }

@@ -8,6 +8,8 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
+
+	"github.com/dchannel/dchannel"
 )
 
 // mostRetry is the longest pause between probes while they fail.
@@ -60,7 +62,15 @@ var (
 func (p *push) probe() error {
 	ctx, cancel := context.WithTimeoutCause(clientv3.WithRequireLeader(p.ctx), p.b.opts.probeTimeout, errNoAnswer)
 	defer cancel()
-	if _, _, err := p.b.ask(ctx, []clientv3.Op{clientv3.OpGet(p.b.keys.id)}); err != nil {
+	ask := func() error {
+		_, _, err := p.b.ask(ctx, []clientv3.Op{clientv3.OpGet(p.b.keys.id)})
+		return err
+	}
+	err := ask()
+	if errors.Is(err, dchannel.ErrUnavailable) {
+		err = ask() // a connection that breaks is no interruption if the next one works
+	}
+	if err != nil {
 		return fmt.Errorf("probe: %w", timedOut(ctx, err, errNoAnswer))
 	}
 	if err := p.b.renew(ctx); err != nil {
@@ -76,15 +86,25 @@ func (p *push) probe() error {
 	case <-p.heard: // an earlier answer, late
 	default:
 	}
-	if err := progress(ctx); err != nil {
-		return nil //nolint:nilerr // the watch has just ended, and its loop knows
-	}
-	select {
-	case <-p.heard:
-		return nil
-	case <-ctx.Done():
-		p.restartWatch(errNoProgress)
-		return fmt.Errorf("probe: %w", errNoProgress)
+	patience := time.NewTimer(p.b.opts.probeTimeout / 4)
+	defer patience.Stop()
+	for {
+		if err := progress(ctx); err != nil {
+			return nil // the watch has just ended, and its loop knows
+		}
+		select {
+		case <-p.heard:
+			return nil
+		case <-patience.C:
+			// The client has resumed the watch at a revision that does not exist yet, and nothing has been
+			// written since: the server does not answer for such a watch. Give it one.
+			if err := p.b.identify(ctx); err != nil {
+				return fmt.Errorf("probe: %w", timedOut(ctx, err, errNoAnswer))
+			}
+		case <-ctx.Done():
+			p.restartWatch(errNoProgress)
+			return fmt.Errorf("probe: %w", errNoProgress)
+		}
 	}
 }
 

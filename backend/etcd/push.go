@@ -30,6 +30,7 @@ type push struct {
 	began   bool  // it was live once
 	changed chan struct{}
 	restart context.CancelCauseFunc
+	seen    int64 // the revision up to which the watch has pushed; 0 for unknown
 	// progress asks the open watch for an answer; nil while there is none.
 	progress func(context.Context) error
 }
@@ -179,7 +180,7 @@ func (p *push) turn(reason error, f func()) {
 	before, why := p.watch && p.answers, p.reason
 	f()
 	live := p.watch && p.answers
-	if !live {
+	if !live && reason != nil {
 		p.reason = reason
 	}
 	again := live && p.began
@@ -228,13 +229,15 @@ func (p *push) fail(reason error) {
 	}
 }
 
-// restartWatch makes the watch loop begin anew, for example because the watch waits for a revision of a
-// store that is gone.
+// restartWatch makes the watch loop begin anew. A revision of a store that is gone means nothing in
+// the next one, where a watch from it would wait in silence.
 func (p *push) restartWatch(reason error) {
 	p.mu.Lock()
-	restart := p.restart
-	p.mu.Unlock()
-	if restart != nil {
-		restart(reason)
+	defer p.mu.Unlock()
+	if errors.Is(reason, errStateLost) {
+		p.seen = 0
+	}
+	if p.restart != nil {
+		p.restart(reason)
 	}
 }

@@ -20,7 +20,7 @@ func (b *Backend) settle(ctx context.Context, a appendage, c *belief, age time.D
 	if known && !from.sent {
 		return dchannel.Position{}, false, nil
 	}
-	uncertain := func(why string) error { return fmt.Errorf("%w: %s", dchannel.ErrUncertain, why) }
+	uncertain := func(why string) error { return fmt.Errorf("%w: %s", dchannel.ErrForgotten, why) }
 	start := from.Position
 	head, next := tail{}, start
 	oldest := time.Duration(-1) // age of the first entry seen, when it does not continue the floor

@@ -67,10 +67,11 @@ func (t *tails) release(c *belief) {
 	}
 }
 
-func (t *tails) get(c *belief) (head tail, known bool) {
+// get returns the belief; without one, that there is no log.
+func (t *tails) get(c *belief) tail {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return c.head, c.known
+	return c.head
 }
 
 // set replaces the belief; nil for nothing known.

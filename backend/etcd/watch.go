@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/dchannel/dchannel"
@@ -15,7 +16,8 @@ import (
 
 // watchLoop keeps a watch open until the push ends. A broken connection is not seen here: the
 // client resumes the watch at the revision after the last one, and nothing is missed. What is
-// seen is a watch that cannot be resumed (compacted, no leader, refused) or was told to begin anew.
+// seen is a watch that the client does not resume (compacted, no leader, refused), or that was told to
+// begin anew.
 func (p *push) watchLoop() {
 	for failures := 0; p.ctx.Err() == nil; {
 		began := time.Now()
@@ -56,14 +58,18 @@ func (p *push) watchOnce() (opened bool, reason error) {
 	}()
 	p.mu.Lock()
 	p.restart = cancel
+	seen := p.seen
 	p.mu.Unlock()
 	opening := time.AfterFunc(p.b.opts.probeTimeout, func() { cancel(errNoWatch) })
 	defer opening.Stop()
 	// Deletions are retention's work. Fragments keep a burst below gRPC's limits.
 	responses := w.Watch(clientv3.WithRequireLeader(ctx), p.b.keys.logs,
-		clientv3.WithPrefix(), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithCreatedNotify())
+		clientv3.WithPrefix(), clientv3.WithRev(seen), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithCreatedNotify())
 	for r := range responses {
 		if err := r.Err(); err != nil {
+			if errors.Is(err, rpctypes.ErrCompacted) {
+				p.reached(ctx, 0)
+			}
 			return opened, fmt.Errorf("the watch ended: %w", err)
 		}
 		switch {
@@ -72,8 +78,12 @@ func (p *push) watchOnce() (opened bool, reason error) {
 				continue // the timer has cancelled it
 			}
 			opened = true
+			if seen == 0 {
+				p.reached(ctx, r.Header.Revision)
+			}
 			p.turn(nil, func() { p.watch, p.final, p.progress = true, nil, w.RequestProgress })
 		case r.IsProgressNotify():
+			p.reached(ctx, r.Header.Revision)
 			select {
 			case p.heard <- struct{}{}:
 			default:
@@ -82,14 +92,29 @@ func (p *push) watchOnce() (opened bool, reason error) {
 			for _, ev := range r.Events {
 				if ev.Kv != nil {
 					p.dispatch(ev.Kv.Key, ev.Kv.Value)
+					// Not the header's revision: while a watch catches up, that is far ahead.
+					seen = ev.Kv.ModRevision
 				}
 			}
+			p.reached(ctx, seen)
 		}
 	}
 	if cause := context.Cause(ctx); cause != nil {
 		return opened, cause
 	}
 	return opened, errors.New("the watch ended")
+}
+
+// reached notes where the watch after the present one goes on. That saves the core from reading
+// what it would have missed, and no more: it is told to compare positions in any case. The next
+// watch begins with the revision itself, not the one after: a server does not answer the
+// progress requests of a watch that begins in the future.
+func (p *push) reached(ctx context.Context, revision int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if ctx.Err() == nil { // not told meanwhile that revisions mean nothing any more
+		p.seen = revision
+	}
 }
 
 var errNoWatch = errors.New("the server did not open the watch in time")

@@ -285,7 +285,7 @@ func TestLoseLast(t *testing.T) {
 		}
 		require.Equal(t, before.Entries[len(c.wantText)].Prev, page.Head.ID)
 		f := frame("other")
-		require.EqualValues(t, c.wantSeq+1, publish(t, b, "c", f).Seq)
+		require.Equal(t, c.wantSeq+1, publish(t, b, "c", f).Seq)
 		written := r.got()[len(r.got())-1]
 		require.Equal(t, page.Head.ID, written.Prev)
 		require.Equal(t, f.ID, written.ID)

@@ -188,7 +188,7 @@ func TestPauseIsWhole(t *testing.T) {
 		f := frame("")
 		_, _ = b.Publish(ended, "late", f)
 		end()
-		require.Equal(t, before, len(sink.got()))
+		require.Len(t, sink.got(), before)
 		f.Age = time.Millisecond
 		work.Go(func() {
 			for ok := false; !ok; {

@@ -183,7 +183,7 @@ func (sl *slot) earlier(id dchannel.ID, since int64) (dchannel.Position, error) 
 		}
 	}
 	if sl.forgot >= since {
-		return dchannel.Position{}, fmt.Errorf("%w: the channel's entries of that time are no longer held", dchannel.ErrUncertain)
+		return dchannel.Position{}, fmt.Errorf("%w: the channel's entries of that time are no longer held", dchannel.ErrForgotten)
 	}
 	return dchannel.Position{}, nil
 }

@@ -184,7 +184,7 @@ func (b *Backend) find(ctx context.Context, c *channel, id dchannel.ID, t tail, 
 	epoch, doubt := c.doubtful[id]
 	c.mu.Unlock()
 	if doubt && epoch != t.Epoch {
-		return dchannel.Position{}, false, fmt.Errorf("%w: nats: the log that it may have been in is gone", dchannel.ErrUncertain)
+		return dchannel.Position{}, false, fmt.Errorf("%w: nats: the log that it may have been in is gone", dchannel.ErrForgotten)
 	}
 	if t.place == 0 {
 		return dchannel.Position{}, false, nil
@@ -221,5 +221,5 @@ func (b *Backend) find(ctx context.Context, c *channel, id dchannel.ID, t tail, 
 	if !found || oldest.First() == 1 || oldest.place <= from || !time.UnixMilli(oldest.Time).After(s.since) {
 		return dchannel.Position{}, false, nil
 	}
-	return dchannel.Position{}, false, fmt.Errorf("%w: nats: retention no longer has what was appended meanwhile", dchannel.ErrUncertain)
+	return dchannel.Position{}, false, fmt.Errorf("%w: nats: retention no longer has what was appended meanwhile", dchannel.ErrForgotten)
 }

@@ -37,7 +37,7 @@ type Backend struct {
 	chans   map[string]*channel
 
 	subsMu sync.RWMutex
-	subs   map[string]*subscription // by subject
+	subs   map[string][]*subscription // by subject: one, or another one while it is being closed
 	pushes chan *natsgo.Msg
 
 	trims chan trim
@@ -67,7 +67,7 @@ var (
 // process for good in an outage that is a little longer.
 func New(conn *natsgo.Conn, opts ...Option) *Backend {
 	b := &Backend{conn: conn, opt: defaults(), closed: make(chan struct{}), looked: make(chan struct{}),
-		chans: make(map[string]*channel), subs: make(map[string]*subscription),
+		chans: make(map[string]*channel), subs: make(map[string][]*subscription),
 		pushes: make(chan *natsgo.Msg, pushBuffer), trims: make(chan trim, 1024)}
 	for _, o := range opts {
 		o(&b.opt)

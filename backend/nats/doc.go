@@ -22,13 +22,13 @@
 // So the order is the stream's, numbers have no holes, and a publish that the client
 // sends late, after a reconnect, cannot count twice. A retry looks for its ID among all
 // that has come since the first attempt; if retention no longer has that, the outcome
-// is dchannel.ErrUncertain.
+// is dchannel.ErrForgotten.
 //
 // The stream publishes every entry again (RePublish) to a second subject, where each
 // subscribed channel has one core subscription: no consumer, no goroutine, about 800
 // bytes here. NATS drops such pushes when a connection is too slow, so that positions
 // are compared every few seconds: one small request while nothing has been appended in the
-// namespace, and else one more per thousand channels. Catching up is by direct get.
+// namespace, and else one more for every 512 channels. Catching up is by direct get.
 //
 // An acknowledged append is in the server's memory or page cache, not on its disk: the
 // server syncs every two minutes (sync_interval). A killed server process loses nothing; a

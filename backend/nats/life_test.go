@@ -161,3 +161,19 @@ func TestTheStreamIsReadableByPeople(t *testing.T) {
 	require.NoError(t, err)
 	require.Regexp(t, `^D1 \d+ 1 1 [0-9a-f]{32} 0{32} \d+ m\nhello$`, string(m.Data))
 }
+
+// A handle may be opened while the last one of its channel is being detached.
+func TestSubscribeBesideOneThatIsClosed(t *testing.T) {
+	b := backend(t, sharedServer(t))
+	old := newSink()
+	sub, err := b.Subscribe(within(t), "c", old)
+	require.NoError(t, err)
+	s := subscribe(t, b, "c")
+	publish(t, b, "c", "x")
+	s.awaitEntries(t, 1)
+	sub.Close()
+	had := len(old.entries)
+	last := publish(t, b, "c", "y")
+	s.await(t, "push", func(s *sink) bool { return s.entries[len(s.entries)-1].Position == last })
+	require.Len(t, old.entries, had)
+}

@@ -49,13 +49,15 @@ func (b *Backend) lockPushed(s *subscription, place uint64) {
 // compareLocks looks whether a push of a watched lock was lost on its way, as CheckEvery says of logs: one
 // request for a thousand of them, which carries their records. At most one runs at a time.
 func (b *Backend) compareLocks() {
-	of := make(map[string]*subscription)
+	of := make(map[string][]*subscription)
 	var subjects []string
 	for _, s := range b.subscriptions() {
 		if s.lock {
 			subject := b.names.lock(s.channel.name)
-			of[subject] = s
-			subjects = append(subjects, subject)
+			if of[subject] == nil {
+				subjects = append(subjects, subject)
+			}
+			of[subject] = append(of[subject], s)
 		}
 	}
 	if len(of) == 0 || !b.verified.Load() || !b.comparing.CompareAndSwap(false, true) {
@@ -75,8 +77,12 @@ func (b *Backend) compareLocks() {
 				last[header(m, headerSubject)] = number(m, headerSequence)
 			}
 			for _, subject := range subjects[:min(len(subjects), headsAtOnce)] {
-				if place := last[subject]; place > 0 || !o.cut {
-					b.lockPushed(of[subject], place)
+				place := last[subject]
+				if place == 0 && o.cut {
+					continue // not among the answers, for their size
+				}
+				for _, s := range of[subject] {
+					b.lockPushed(s, place)
 				}
 			}
 		}

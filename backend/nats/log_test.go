@@ -121,7 +121,7 @@ func TestRetryIsIdempotent(t *testing.T) {
 	require.Len(t, readAll(t, b, "c", dchannel.Position{}).Entries, 2002)
 }
 
-func TestRetryBeyondRetentionIsUncertain(t *testing.T) {
+func TestRetryBeyondRetentionIsForgotten(t *testing.T) {
 	b := backend(t, sharedServer(t), nats.WithRetention(5, time.Minute))
 	f := frame("x")
 	_, err := b.Publish(within(t), "c", f)
@@ -134,7 +134,7 @@ func TestRetryBeyondRetentionIsUncertain(t *testing.T) {
 	require.EqualValues(t, 96, page.Entries[0].Seq)
 	f.Age = 30 * time.Second
 	_, err = b.Publish(within(t), "c", f)
-	require.ErrorIs(t, err, dchannel.ErrUncertain)
+	require.ErrorIs(t, err, dchannel.ErrForgotten)
 }
 
 func TestAppendsOfManyAreOneLog(t *testing.T) {

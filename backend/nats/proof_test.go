@@ -21,7 +21,8 @@ import (
 
 func rig(server *testserver.Server, opts ...nats.Option) drivertest.Rig {
 	return drivertest.Rig{Server: server, Connect: func(t *testing.T, addr string) dchannel.Backend {
-		conn, err := natsgo.Connect("nats://"+addr, natsgo.MaxReconnects(-1), natsgo.ReconnectWait(10*time.Millisecond))
+		conn, err := natsgo.Connect("nats://"+addr, natsgo.MaxReconnects(-1), natsgo.ReconnectWait(10*time.Millisecond),
+			natsgo.ErrorHandler(func(*natsgo.Conn, *natsgo.Subscription, error) {})) // it is cut on purpose
 		require.NoError(t, err)
 		b := nats.New(conn, opts...)
 		t.Cleanup(func() {

@@ -3,7 +3,7 @@ package nats
 import (
 	"context"
 	"errors"
-	"fmt"
+	"slices"
 	"sync"
 
 	natsgo "github.com/nats-io/nats.go"
@@ -55,11 +55,7 @@ func (b *Backend) begin(ctx context.Context, s *subscription) error {
 		b.subsMu.Unlock()
 		return err
 	}
-	if _, ok := b.subs[s.subject]; ok {
-		b.subsMu.Unlock()
-		return fmt.Errorf("%w: nats: %q is subscribed already", dchannel.ErrRefused, s.channel.name)
-	}
-	b.subs[s.subject] = s
+	b.subs[s.subject] = append(slices.Clip(b.subs[s.subject]), s)
 	b.subsMu.Unlock()
 	s.channel.pin(1)
 	life := b.life.Load()
@@ -132,7 +128,10 @@ func (s *subscription) Close() {
 	s.closed = true
 	b := s.b
 	b.subsMu.Lock()
-	if b.subs[s.subject] == s {
+	left := slices.DeleteFunc(slices.Clone(b.subs[s.subject]), func(o *subscription) bool { return o == s })
+	if len(left) > 0 {
+		b.subs[s.subject] = left
+	} else {
 		delete(b.subs, s.subject)
 	}
 	b.subsMu.Unlock()
@@ -189,7 +188,7 @@ func (b *Backend) subscriptions() []*subscription {
 	defer b.subsMu.RUnlock()
 	subs := make([]*subscription, 0, len(b.subs))
 	for _, s := range b.subs {
-		subs = append(subs, s)
+		subs = append(subs, s...)
 	}
 	return subs
 }
@@ -217,13 +216,15 @@ func (b *Backend) dispatch() {
 
 func (b *Backend) push(m *natsgo.Msg) {
 	b.subsMu.RLock()
-	s := b.subs[m.Subject]
+	subs := b.subs[m.Subject] // never changed, only replaced
 	b.subsMu.RUnlock()
-	if s == nil {
+	if len(subs) == 0 {
 		return
 	}
-	if s.lock {
-		b.lockPushed(s, number(m, headerSequence))
+	if subs[0].lock {
+		for _, s := range subs {
+			b.lockPushed(s, number(m, headerSequence))
+		}
 		return
 	}
 	life := b.life.Load()
@@ -233,8 +234,10 @@ func (b *Backend) push(m *natsgo.Msg) {
 		return
 	}
 	b.memory.see(r.place)
-	s.channel.learn(r, life, b.stride())
-	s.entry(r.Entry)
+	subs[0].channel.learn(r, life, b.stride())
+	for _, s := range subs {
+		s.entry(r.Entry)
+	}
 }
 
 func (b *Backend) overflowed() {

@@ -54,7 +54,7 @@ func (b *Backend) publish(ctx context.Context, channel string, f dchannel.Frame)
 		// kind. There is none: it was the first, and it did nothing.
 		return dchannel.Position{}, fmt.Errorf("%w: the frame reached the server too late", dchannel.ErrUnavailable)
 	default:
-		return dchannel.Position{}, fmt.Errorf("%w: an earlier attempt may have been dropped by retention", dchannel.ErrUncertain)
+		return dchannel.Position{}, fmt.Errorf("%w: an earlier attempt may have been dropped by retention", dchannel.ErrForgotten)
 	}
 }
 

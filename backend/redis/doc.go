@@ -66,5 +66,5 @@
 //
 // # Server versions
 //
-// Redis 6.2 or newer (XADD MINID); made and tested with 7.0. go-redis 9.22 or newer.
+// Redis 6.2 or newer (XADD MINID); made and tested with 7.0. go-redis 9.23 or newer.
 package redis

@@ -195,7 +195,7 @@ func TestCallsReturnWithTheirContext(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			eventually(t, "there is a connection", func() bool { _, err := b.Heads(ctxFor(t), nil); return err == nil })
 			f.proxy.Blackhole(faultproxy.Both)
-			defer f.proxy.Heal()
+			defer func() { _ = f.proxy.Heal() }()
 			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 			defer cancel()
 			began := time.Now()

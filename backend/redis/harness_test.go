@@ -111,7 +111,10 @@ func texts(entries []dchannel.Entry) (s []string) {
 
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(within); !ok(); time.Sleep(time.Millisecond) {
+	// On this goroutine, and not as require.Eventually does: some conditions count them.
+	every := time.NewTicker(time.Millisecond)
+	defer every.Stop()
+	for end := time.Now().Add(within); !ok(); <-every.C {
 		if time.Now().After(end) {
 			t.Fatalf("not within %v: %s", within, what)
 		}

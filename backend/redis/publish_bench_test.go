@@ -47,7 +47,7 @@ func BenchmarkPublish(b *testing.B) {
 		defer backend.Close()
 		listener, err := dchannel.Open(ctx, "bench", backend)
 		require.NoError(b, err)
-		defer listener.Detach()
+		defer func() { _ = listener.Detach() }()
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			for range b.N {
@@ -58,7 +58,7 @@ func BenchmarkPublish(b *testing.B) {
 			}
 		})
 		ch := dchannel.New("bench", backend)
-		defer ch.Detach()
+		defer func() { _ = ch.Detach() }()
 		spread(b, 1, func(int) error { return ch.Publish(ctx, msg) })
 		wg.Wait() // nothing was lost
 	})

@@ -84,7 +84,7 @@ func (st *stage) keepCutting(ctx context.Context) {
 				b.Cut(errors.New("the demo cut it"))
 				cut++
 			}
-			time.Sleep(20 * time.Millisecond)
+			<-time.After(20 * time.Millisecond)
 			for _, b := range st.here {
 				b.Heal()
 			}
@@ -114,7 +114,7 @@ func (st *stage) start(ctx context.Context, role, name string) *actor {
 		b := st.store.Backend()
 		st.here = append(st.here, b)
 		go func() {
-			defer b.Close() //nolint:errcheck // the process ends
+			defer b.Close()
 			a.result <- act(ctx, b, st.p, role, name, cue{ready: func() { close(a.isReady) }, wait: a.wait})
 		}()
 		return a

@@ -1,6 +1,8 @@
 package doctest
 
 import (
+	"go/parser"
+	"go/token"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -155,6 +157,31 @@ func TestFoldersExist(t *testing.T) {
 			require.True(t, named[name], "the README's map has no %s", name)
 		}
 	}
+}
+
+// TestContributingIsShort: who has to read more than this begins to guess.
+func TestContributingIsShort(t *testing.T) {
+	_, section, found := strings.Cut(read(t, "CONTRIBUTING.md"), "\n## Write a backend\n")
+	require.True(t, found)
+	section, _, _ = strings.Cut(section, "\n## ")
+	require.LessOrEqual(t, strings.Count(strings.TrimSpace(section), "\n")+1, 60, "lines of Write a backend")
+	for _, name := range folders(t, "backend") {
+		doc := packageDoc(t, filepath.Join("backend", name))
+		for _, heading := range []string{"Delivery", "Close marker", "Locks", "Reconnect", "Limits", "Cluster", "Server versions"} {
+			require.Contains(t, doc, "\n# "+heading+"\n", "the documentation of package %s", name)
+		}
+	}
+}
+
+func packageDoc(t *testing.T, dir string) (doc string) {
+	files, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
+	require.NoError(t, err)
+	for _, file := range files {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.PackageClauseOnly)
+		require.NoError(t, err)
+		doc += f.Doc.Text()
+	}
+	return doc
 }
 
 // ignored are results of test runs.

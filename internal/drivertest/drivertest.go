@@ -67,12 +67,12 @@ func Load(t *testing.T, rig Rig, addr string, channels, messages int, pace time.
 		sent[c], maybe[c] = map[int]bool{}, map[int]bool{}
 	}
 	type result struct {
-		got              map[int]int
-		disorder         bool
-		closed           bool
-		lost             uint64
-		unknown          int
-		last, afterClose int
+		got      map[int]int
+		disorder bool
+		closed   bool
+		lost     uint64
+		unknown  int
+		last     int
 	}
 	results := make([]result, channels)
 	for c, ch := range handles {
@@ -265,6 +265,7 @@ func Many(t *testing.T, rig Rig, n, maxConnections, maxHeap int, connections fun
 	// Every one of them works.
 	p := dchannel.New(names[n-1], b)
 	require.NoError(t, p.Publish(ctx, "to the last"))
+	require.NoError(t, p.Detach())
 	v, err := handles[n-1].Listen(ctx)
 	require.NoError(t, err)
 	require.Equal(t, "to the last", v)
