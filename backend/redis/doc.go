@@ -29,7 +29,34 @@
 //
 // # Locks
 //
-// Not yet.
+// A lock is one hash, and two sorted sets while somebody waits in line. Every call is
+// one script, and one round trip: it ends what has expired, hands over, takes its step,
+// and publishes if a waiter may care. Times are whole milliseconds, rounded up.
+//
+// Redis' expiry of keys plays no part: it may come seconds late, and says nothing about
+// how a generation ended. The deadline is a number in the hash, in microseconds, that
+// each script compares with the server's clock. So a lock is free at its deadline to the
+// microsecond, for whoever asks; nobody is told of it, and nothing is handed over, before
+// somebody asks. The hash is kept for a day longer than the lock can be held, with how
+// the last eight generations ended and the tokens that they had.
+//
+// While one server runs and keeps its memory, there is at most one holder by that
+// server's clock. These are not promised, and only the fence protects from them:
+//   - Failover. Replication is asynchronous: a replica that is promoted may not know a
+//     generation that was acknowledged, and lets a second holder in. The same goes for a
+//     restart that loses the last writes ("appendfsync everysec": a second; no
+//     persistence: all), a flush, an eviction, [Backend.Remove].
+//   - A clock that jumps. A step forwards ends holds early, as does a promoted replica
+//     whose clock is ahead. A step backwards prolongs a hold by at most its TTL, from
+//     the next call that sees it.
+//   - A holder that stands still for longer than its TTL and does not know.
+//
+// A fence is the one before it plus one, or the server's time in microseconds if that is
+// more. So they grow over a loss of the hash too, unless the clock is then behind the
+// last fence: because it was set back, or because a promoted replica's is.
+//
+// A server that is out of memory refuses new locks, and still extends and releases those
+// that it has.
 //
 // # Reconnect
 //
@@ -58,6 +85,7 @@
 //	user app on >secret ~{dchannel/0}:* resetchannels &{dchannel/0}:* +@connection
 //	  +evalsha +eval +subscribe +unsubscribe +publish +info +time
 //	  +get +set +mget +unlink +del +pttl +pexpire +xadd +xrange +xrevrange
+//	  +hget +hmget +hset +hdel +zadd +zrem +zcard +zscore +zrange +zrangebyscore
 //
 // # Cluster
 //

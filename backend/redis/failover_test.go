@@ -5,6 +5,7 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	goredis "github.com/redis/go-redis/v9"
 	"github.com/stretchr/testify/require"
@@ -52,4 +53,34 @@ func TestPromotedReplica(t *testing.T) {
 	again := publish(t, b, "c", "again")
 	require.Equal(t, lost, again, "the same number, another entry")
 	eventually(t, "pushed", sink.has("again"))
+}
+
+// A promoted replica holds what it was told of to the same deadline. What it was not
+// told of is lost, and somebody else gets a lock, under a greater fence.
+func TestLockOnAPromotedReplica(t *testing.T) {
+	old, next := newFixture(t, testserver.RedisConfig{}), newFixture(t, testserver.RedisConfig{})
+	ctx := ctxFor(t)
+	host, port, err := net.SplitHostPort(old.server.Addr())
+	require.NoError(t, err)
+	require.NoError(t, next.admin.Do(ctx, "REPLICAOF", host, port).Err())
+	eventually(t, "replica in sync", func() bool { return next.info("replication", "master_link_status") == "up" })
+
+	was, is := locked{t, old.backend(), "c"}, locked{t, next.backend(), "c"}
+	one, two, three := dchannel.NewID(), dchannel.NewID(), dchannel.NewID()
+	before := was.try(one)
+	was.lineUp(two, time.Minute)
+	require.EqualValues(t, 1, old.admin.Do(ctx, "WAIT", 1, 5000).Val())
+	_, err = is.b.Acquire(ctx, "d", dchannel.Lease{Token: three, TTL: time.Minute})
+	require.ErrorIs(t, err, dchannel.ErrRefused, "a replica")
+	require.NoError(t, next.admin.Do(ctx, "REPLICAOF", "NO", "ONE").Err())
+	lost := was.release(one)
+	require.Greater(t, lost.Fence, before.Fence)
+
+	s := is.extend(one, time.Minute)
+	require.True(t, s.Held && s.Mine)
+	require.Equal(t, before.Fence, s.Fence)
+	require.Equal(t, 1, s.Waiting)
+	s = is.release(one)
+	require.Greater(t, s.Fence, lost.Fence, "by the clock, which the two have in common")
+	require.True(t, is.lineUp(two, time.Minute).Mine)
 }

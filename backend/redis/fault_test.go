@@ -264,6 +264,7 @@ func TestServerSaysNo(t *testing.T) {
 		require.NoError(t, err)
 		sub.Close()
 		require.NoError(t, b.Remove(ctxFor(t), "c"))
+		everyLockStep(t, b, "locked")
 
 		elsewhere := redis.New(f.client(f.server.Addr()), quiet, redis.WithNamespace("other"))
 		t.Cleanup(func() { elsewhere.Close() })
@@ -295,7 +296,8 @@ func TestServerSaysNo(t *testing.T) {
 // rights are those of the package's documentation.
 const rights = "~{dchannel/0}:* resetchannels &{dchannel/0}:* +@connection" +
 	" +evalsha +eval +subscribe +unsubscribe +publish +info +time" +
-	" +get +set +mget +unlink +del +pttl +pexpire +xadd +xrange +xrevrange"
+	" +get +set +mget +unlink +del +pttl +pexpire +xadd +xrange +xrevrange" +
+	" +hget +hmget +hset +hdel +zadd +zrem +zcard +zscore +zrange +zrangebyscore"
 
 func TestOptions(t *testing.T) {
 	client := goredis.NewClient(&goredis.Options{Addr: "127.0.0.1:1", Dialer: func(context.Context, string, string) (net.Conn, error) {

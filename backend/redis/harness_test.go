@@ -3,6 +3,7 @@ package redis_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -20,6 +21,10 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if addr := os.Getenv(holderEnv); addr != "" {
+		hold(addr)
+		return
+	}
 	goredis.SetLogger(&logging.VoidLogger{}) // it writes a line for each refused connection
 	goleak.VerifyTestMain(m)
 }

@@ -23,6 +23,7 @@ type Backend struct {
 	start  time.Time
 	clock  clock
 	noise  limiter
+	doubts doubts
 
 	done chan struct{} // closed by Close
 
@@ -36,6 +37,7 @@ type Backend struct {
 var (
 	_ dchannel.Backend      = (*Backend)(nil)
 	_ dchannel.FrameLimiter = (*Backend)(nil)
+	_ dchannel.Locker       = (*Backend)(nil)
 )
 
 // ttls are the times to live of the keys, in milliseconds.
@@ -141,10 +143,14 @@ func (b *Backend) enter(ctx context.Context) error {
 	return nil
 }
 
-// Remove deletes channel's head and stream. The next log gets a later epoch, as that
-// is the server's time in microseconds.
+// Remove deletes channel's head and stream, and its lock. The next log gets a later
+// epoch and the next generation a later fence, as these are the server's time in
+// microseconds. Who watches the lock gets no hint.
 func (b *Backend) Remove(ctx context.Context, channel string) error {
 	w := &write{cmd: []any{"UNLINK", b.keys.head(channel)}, last: []byte(b.keys.stream(channel))}
+	for _, key := range b.keys.lock(channel) {
+		w.cmd = append(w.cmd, key)
+	}
 	_, err := b.do(ctx, w)
 	if err != nil {
 		return fmt.Errorf("redis: remove: %w", err)

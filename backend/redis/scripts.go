@@ -15,10 +15,14 @@ var closeSource string
 //go:embed incarnation.lua
 var incarnationSource string
 
+//go:embed lock.lua
+var lockSource string
+
 var (
 	appendScript      = newScript(appendSource)
 	closeScript       = newScript(closeSource)
 	incarnationScript = newScript(incarnationSource)
+	lockScript        = newScript(lockSource)
 )
 
 type script struct{ hash, source string }

@@ -288,6 +288,12 @@ func (s *session) push(c *conn, key, payload string) {
 	s.mu.Lock()
 	sub := s.subs[key]
 	s.mu.Unlock()
+	if s.b.keys.isNotice(key) {
+		if sub != nil {
+			sub.tell(func(to dchannel.Sink) { to.(lockSink)() })
+		}
+		return
+	}
 	e, whole, err := c.parse(key, payload)
 	switch {
 	case err != nil:

@@ -9,8 +9,8 @@ import (
 	"github.com/dchannel/dchannel"
 )
 
-// subscription is one channel on the session's connection. There may be 100,000 of
-// them, so it has no goroutine and is small.
+// subscription is one channel, or its lock, on the session's connection. There may be
+// 100,000 of them, so it has no goroutine and is small.
 type subscription struct {
 	s    *session
 	key  string // the publish/subscribe channel
@@ -38,20 +38,20 @@ var errTwice = errors.New("there is a subscription of this channel already")
 // Subscribe joins the Backend's connection, or makes it. While the server is away,
 // it fails as soon as one attempt to connect has failed.
 func (b *Backend) Subscribe(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error) {
-	sub, err := b.subscribe(ctx, channel, sink)
+	sub, err := b.subscribe(ctx, b.keys.push(channel), sink)
 	if err != nil {
 		return nil, fmt.Errorf("redis: subscribe: %w", err)
 	}
 	return sub, nil
 }
 
-func (b *Backend) subscribe(ctx context.Context, channel string, sink dchannel.Sink) (*subscription, error) {
+func (b *Backend) subscribe(ctx context.Context, key string, sink dchannel.Sink) (*subscription, error) {
 	if err := b.enter(ctx); err != nil {
 		return nil, err
 	}
 	defer b.running.Done()
 	w := &waiter{done: make(chan struct{})}
-	sub := &subscription{key: b.keys.push(channel), sink: sink, wait: w}
+	sub := &subscription{key: key, sink: sink, wait: w}
 	if err := b.join(sub); err != nil {
 		return nil, err
 	}
