@@ -35,7 +35,36 @@
 //
 // # Locks
 //
-// The key prefix <namespace>/lock/ is set aside for them.
+// [Backend] is a [dchannel.Locker]. A lock is up to three kinds of keys; values are JSON:
+//
+//	<namespace>/lock/<channel>/hold          there while it is held, on a lease of its own
+//	<namespace>/lock/<channel>/record        the newest generation, and how the last ones ended
+//	<namespace>/lock/<channel>/line/<token>  a waiter, on a lease of the time that it asked for
+//
+// Promised: every change is one transaction on the state that it rests on, so there is one holder
+// by the server's clock, every generation ends once, and a call that is repeated does nothing twice. The
+// server ends a hold when its lease is over, whoever is alive; a generation whose hold is gone and that nobody
+// ended has expired, which needs no writing down. Acquire checks in its transaction that the log has
+// not ended. Fences are the last one and 1, or microseconds since 1970 by the acquiring process's clock if
+// that is more, so they grow over a loss of the data directory or [Backend.Remove] too, unless the next
+// holder's clock is behind the last one's by more than the time in between, and its process had
+// not seen that fence. The record stays for a day after the generation's end at least.
+//
+// Lines are fair: they are ordered by when the waiters' keys were made, and releasing or forcing begins the first
+// one's generation in the same transaction. A hold that expires is claimed by the first in line when it
+// calls next. A waiter that died keeps its place, or is handed the lock, for the time that it asked for.
+//
+// Times are whole seconds and what the server grants, 2 at least with its usual election timeout.
+// Remaining is rounded up from the server's whole seconds: it may be up to 1 s too long, and is never 0 while
+// the lock is held. The server deletes what has expired up to a second late. After a change of leader
+// it counts all leases anew, so the time left can grow, but never shrinks.
+//
+// Not promised: that a holder that was paused longer than its time knows it. What the lock protects has to
+// check the fence, on reading and on writing. Who can write to the prefix can end any lock.
+//
+// A successful Acquire takes three trips and a lease grant, a refused one two, a Release two. The events
+// of locks come by the same watch as those of logs. It is not filtered, so that it receives the deletions of
+// retention too.
 //
 // # Reconnect
 //
@@ -103,6 +132,7 @@ const maxFrame = 3<<19 - 16<<10
 var (
 	_ dchannel.Backend      = (*Backend)(nil)
 	_ dchannel.FrameLimiter = (*Backend)(nil)
+	_ dchannel.Locker       = (*Backend)(nil)
 )
 
 // Backend keeps channels in etcd. Make it with [New]. Its methods may be called concurrently.
@@ -122,6 +152,7 @@ type Backend struct {
 	memory  memory       // what this process knows of the store's identity
 	renewed atomic.Int64 // the lease that the namespace's ID was last put under
 	tails   tails        // what this process believes the channels' heads to be
+	fence   fences
 
 	mu     sync.Mutex
 	closed bool

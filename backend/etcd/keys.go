@@ -17,10 +17,14 @@ type keyspace struct {
 	id    string
 	heads string
 	logs  string
+	locks string
 }
 
 func newKeyspace(namespace string) keyspace {
-	return keyspace{id: namespace + "/id", heads: namespace + "/head/", logs: namespace + "/log/"}
+	return keyspace{
+		id: namespace + "/id", heads: namespace + "/head/",
+		logs: namespace + "/log/", locks: namespace + "/lock/",
+	}
 }
 
 // reserved tells whether part may not be a path element of a namespace: one namespace within
@@ -49,6 +53,20 @@ func (k keyspace) entry(name string, p dchannel.Position) string {
 func (k keyspace) epochEnd(name string, epoch uint64) string {
 	return fmt.Sprintf("%s%016x.", k.log(name), epoch)
 }
+
+// lock is the prefix of what there is of a channel's lock.
+func (k keyspace) lock(name string) string { return k.locks + name + "/" }
+
+// hold is there, under a lease of its own, while the lock is held.
+func (k keyspace) hold(name string) string { return k.lock(name) + "hold" }
+
+// record tells of the newest generation, and how the last ones ended.
+func (k keyspace) record(name string) string { return k.lock(name) + "record" }
+
+// line is the prefix of the places of those who wait for the lock, in the order of their making.
+func (k keyspace) line(name string) string { return k.lock(name) + "line/" }
+
+func (k keyspace) place(name, token string) string { return k.line(name) + token }
 
 // channelOf returns the escaped channel name in an entry's key, nil if it is none.
 func (k keyspace) channelOf(key []byte) []byte {

@@ -46,12 +46,16 @@ type subscription struct {
 // Subscribe adds channel to the channels that the watch's events are looked through for. It waits
 // for the watch to be live, which it normally is; only the first subscription opens it.
 func (b *Backend) Subscribe(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error) {
+	return b.subscribe(ctx, escape(channel), sink)
+}
+
+func (b *Backend) subscribe(ctx context.Context, name string, sink dchannel.Sink) (dchannel.Subscription, error) {
 	ctx, done, err := b.begin(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer done()
-	s := &subscription{name: escape(channel), sink: sink}
+	s := &subscription{name: name, sink: sink}
 	if err := b.register(s); err != nil {
 		return nil, err
 	}

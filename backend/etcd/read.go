@@ -189,7 +189,7 @@ func (b *Backend) heads(ctx context.Context, channels []string, into []dchannel.
 	return nil
 }
 
-// Remove deletes head and entries in one transaction.
+// Remove deletes head, entries and lock in one transaction.
 func (b *Backend) Remove(ctx context.Context, channel string) error {
 	ctx, done, err := b.begin(ctx)
 	if err != nil {
@@ -202,7 +202,8 @@ func (b *Backend) Remove(ctx context.Context, channel string) error {
 	name := escape(channel)
 	k := b.memory.mark()
 	resp, err := b.kv.Txn(ctx).Then(clientv3.OpDelete(b.keys.head(name)),
-		clientv3.OpDelete(b.keys.log(name), clientv3.WithPrefix())).Commit()
+		clientv3.OpDelete(b.keys.log(name), clientv3.WithPrefix()),
+		clientv3.OpDelete(b.keys.lock(name), clientv3.WithPrefix())).Commit()
 	if err != nil {
 		return mapError(ctx, err, true)
 	}

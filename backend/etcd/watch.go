@@ -1,6 +1,7 @@
 package etcd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -62,9 +63,10 @@ func (p *push) watchOnce() (opened bool, reason error) {
 	p.mu.Unlock()
 	opening := time.AfterFunc(p.b.opts.probeTimeout, func() { cancel(errNoWatch) })
 	defer opening.Stop()
-	// Deletions are retention's work. Fragments keep a burst below gRPC's limits.
-	responses := w.Watch(clientv3.WithRequireLeader(ctx), p.b.keys.logs,
-		clientv3.WithPrefix(), clientv3.WithRev(seen), clientv3.WithFilterDelete(), clientv3.WithFragment(), clientv3.WithCreatedNotify())
+	// The keys of locks and of logs are neighbours. Fragments keep a burst below gRPC's limits.
+	responses := w.Watch(clientv3.WithRequireLeader(ctx), p.b.keys.locks,
+		clientv3.WithRange(clientv3.GetPrefixRangeEnd(p.b.keys.logs)), clientv3.WithRev(seen),
+		clientv3.WithFragment(), clientv3.WithCreatedNotify())
 	for r := range responses {
 		if err := r.Err(); err != nil {
 			if errors.Is(err, rpctypes.ErrCompacted) {
@@ -90,11 +92,17 @@ func (p *push) watchOnce() (opened bool, reason error) {
 			}
 		default:
 			for _, ev := range r.Events {
-				if ev.Kv != nil {
-					p.dispatch(ev.Kv.Key, ev.Kv.Value)
-					// Not the header's revision: while a watch catches up, that is far ahead.
-					seen = ev.Kv.ModRevision
+				if ev.Kv == nil {
+					continue
 				}
+				switch {
+				case bytes.HasPrefix(ev.Kv.Key, []byte(p.b.keys.locks)):
+					p.hint(ev)
+				case ev.Type == clientv3.EventTypePut: // deletions are retention's work
+					p.dispatch(ev.Kv.Key, ev.Kv.Value)
+				}
+				// Not the header's revision: while a watch catches up, that is far ahead.
+				seen = ev.Kv.ModRevision
 			}
 			p.reached(ctx, seen)
 		}

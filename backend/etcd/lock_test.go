@@ -1,0 +1,302 @@
+package etcd_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/dchannel/dchannel"
+	"github.com/dchannel/dchannel/backend/etcd"
+	"github.com/dchannel/dchannel/internal/testserver"
+)
+
+const hour = time.Hour
+
+func acquire(t testing.TB, b *etcd.Backend, channel string, token dchannel.ID, ttl time.Duration) dchannel.LockState {
+	s, err := b.Acquire(t.Context(), channel, dchannel.Lease{Token: token, TTL: ttl, Info: "me <" + token.String()[:4] + ">"})
+	require.NoError(t, err)
+	return s
+}
+
+func lockState(t testing.TB, b *etcd.Backend, channel string) dchannel.LockState {
+	s, err := b.LockState(t.Context(), channel)
+	require.NoError(t, err)
+	require.Equal(t, s.Held, s.Remaining > 0, "%+v", s)
+	return s
+}
+
+// awaitFree waits for the lock to be free, by hints and, as the core does, by the time left.
+func awaitFree(t testing.TB, b *etcd.Backend, channel string) dchannel.LockState {
+	hints := make(chan struct{}, 1)
+	w, err := b.WatchLock(t.Context(), channel, hinted(hints))
+	require.NoError(t, err)
+	defer w.Close()
+	for {
+		s := lockState(t, b, channel)
+		if !s.Held {
+			return s
+		}
+		select {
+		case <-hints:
+		case <-time.After(s.Remaining + 50*time.Millisecond):
+		case <-t.Context().Done():
+			require.NoError(t, t.Context().Err())
+		}
+	}
+}
+
+func hinted(c chan struct{}) func() {
+	return func() {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func ends(s dchannel.LockState, all ...dchannel.LockOutcome) bool {
+	if len(s.Ended) < len(all) {
+		return false
+	}
+	for i, o := range all {
+		if s.Ended[i].Outcome != o || i > 0 && s.Ended[i].Fence >= s.Ended[i-1].Fence {
+			return false
+		}
+	}
+	return true
+}
+
+func TestLockStates(t *testing.T) {
+	b := backend(t, connect(t, server(t).URL()))
+	a, z := dchannel.NewID(), dchannel.NewID()
+	require.Zero(t, lockState(t, b, "c/1"))
+
+	one := acquire(t, b, "c/1", a, hour)
+	require.True(t, one.Held && one.Mine)
+	require.NotZero(t, one.Fence)
+	require.Equal(t, []any{hour, hour, "me <" + a.String()[:4] + ">"}, []any{one.TTL, one.Remaining, one.Info})
+	require.Equal(t, one, acquire(t, b, "c/1", a, time.Minute), "left as it is")
+	other := acquire(t, b, "c/1", z, hour)
+	require.True(t, other.Held && !other.Mine)
+	require.Equal(t, one.Fence, other.Fence)
+	require.Equal(t, one.Info, other.Info)
+	require.Zero(t, lockState(t, b, "c"))
+
+	// Extend: the owner, to the same time, to more and to less; and somebody else.
+	for _, ttl := range []time.Duration{hour, 2 * hour, time.Minute} {
+		s, err := b.Extend(t.Context(), "c/1", a, ttl)
+		require.NoError(t, err)
+		require.True(t, s.Held && s.Mine)
+		require.Equal(t, []any{one.Fence, ttl, ttl}, []any{s.Fence, s.TTL, s.Remaining})
+	}
+	s, err := b.Extend(t.Context(), "c/1", z, hour)
+	require.NoError(t, err)
+	require.True(t, s.Held && !s.Mine)
+	require.LessOrEqual(t, s.Remaining, time.Minute)
+	s, err = b.Release(t.Context(), "c/1", z)
+	require.NoError(t, err)
+	require.True(t, s.Held && !s.Mine)
+
+	// Released, twice; the token has had its generation.
+	for range 2 {
+		s, err = b.Release(t.Context(), "c/1", a)
+		require.NoError(t, err)
+		require.True(t, !s.Held && s.Mine && ends(s, dchannel.LockReleased))
+		require.Equal(t, one.Fence, s.Fence)
+	}
+	s = acquire(t, b, "c/1", a, hour)
+	require.True(t, !s.Held && s.Mine)
+	s, err = b.Extend(t.Context(), "c/1", a, hour)
+	require.NoError(t, err)
+	require.True(t, !s.Held && s.Mine)
+
+	// Forced, by its fence.
+	two := acquire(t, b, "c/1", z, hour)
+	require.True(t, two.Held && two.Mine && two.Fence > one.Fence)
+	require.False(t, acquire(t, b, "c/1", a, hour).Mine, "once is once")
+	s, err = b.EndLock(t.Context(), "c/1", one.Fence, dchannel.LockForced)
+	require.NoError(t, err)
+	require.True(t, s.Held)
+	for range 2 {
+		s, err = b.EndLock(t.Context(), "c/1", two.Fence, dchannel.LockForced)
+		require.NoError(t, err)
+		require.True(t, !s.Held && ends(s, dchannel.LockForced, dchannel.LockReleased))
+	}
+	require.True(t, ends(lockState(t, b, "c/1"), dchannel.LockForced, dchannel.LockReleased))
+	s, err = b.Release(t.Context(), "c/1", z)
+	require.NoError(t, err)
+	require.True(t, !s.Held && s.Mine && ends(s, dchannel.LockForced))
+
+	// Expired, which nobody wrote down; the next generation does.
+	three := acquire(t, b, "c/1", dchannel.NewID(), time.Second)
+	s = awaitFree(t, b, "c/1")
+	require.True(t, ends(s, dchannel.LockExpired, dchannel.LockForced, dchannel.LockReleased))
+	require.Equal(t, three.Fence, s.Fence)
+	c := dchannel.NewID()
+	four := acquire(t, b, "c/1", c, hour)
+	require.True(t, four.Mine && ends(four, dchannel.LockExpired, dchannel.LockForced))
+
+	// Closed: who holds it does so until it is ended, and nobody else gets it.
+	_, err = b.MarkClosed(t.Context(), "c/1", dchannel.NewID(), hour)
+	require.NoError(t, err)
+	_, err = b.Acquire(t.Context(), "c/1", dchannel.Lease{Token: dchannel.NewID(), TTL: hour})
+	require.ErrorIs(t, err, dchannel.ErrChanClosed)
+	require.True(t, acquire(t, b, "c/1", c, hour).Held)
+	s, err = b.EndLock(t.Context(), "c/1", 0, dchannel.LockClosed)
+	require.NoError(t, err)
+	require.True(t, !s.Held && ends(s, dchannel.LockClosed, dchannel.LockExpired))
+	require.Equal(t, four.Fence, s.Fence)
+
+	require.NoError(t, b.Remove(t.Context(), "c/1"))
+	require.Zero(t, lockState(t, b, "c/1"))
+	require.Greater(t, acquire(t, b, "c/1", dchannel.NewID(), hour).Fence, four.Fence)
+}
+
+func TestLockTTLIsRoundedUp(t *testing.T) {
+	b := backend(t, connect(t, server(t).URL()))
+	for asked, want := range map[time.Duration]time.Duration{
+		time.Millisecond:  2 * time.Second, // the least that the server grants
+		time.Second:       2 * time.Second,
+		2*time.Second + 1: 3 * time.Second,
+		5 * time.Second:   5 * time.Second,
+	} {
+		name, token := asked.String(), dchannel.NewID()
+		s := acquire(t, b, name, token, asked)
+		require.Equal(t, []any{want, want}, []any{s.TTL, s.Remaining})
+		s, err := b.Extend(t.Context(), name, token, asked)
+		require.NoError(t, err)
+		require.Equal(t, []any{want, want}, []any{s.TTL, s.Remaining})
+		s = lockState(t, b, name)
+		require.Equal(t, want, s.TTL)
+		require.Contains(t, []time.Duration{want, want - time.Second}, s.Remaining)
+	}
+}
+
+// A holder is gone: how late others see it.
+func TestLockExpires(t *testing.T) {
+	url := server(t).URL()
+	dead, b := backend(t, connect(t, url)), backend(t, connect(t, url))
+	for _, ttl := range []time.Duration{2 * time.Second, 3 * time.Second} {
+		name := ttl.String()
+		token := dchannel.NewID()
+		acquire(t, dead, name, token, ttl)
+		_, err := dead.Extend(t.Context(), name, token, ttl)
+		require.NoError(t, err)
+		began := time.Now()
+		s := awaitFree(t, b, name)
+		late := time.Since(began) - ttl
+		t.Logf("a lock of %v: seen free %v late", ttl, late)
+		require.True(t, ends(s, dchannel.LockExpired))
+		require.Greater(t, late, -50*time.Millisecond)
+		require.Less(t, late, 3*time.Second)
+		s, err = dead.Extend(t.Context(), name, token, ttl)
+		require.NoError(t, err)
+		require.True(t, !s.Held && s.Mine && ends(s, dchannel.LockExpired))
+		s, err = dead.Release(t.Context(), name, token)
+		require.NoError(t, err)
+		require.True(t, !s.Held && s.Mine && ends(s, dchannel.LockExpired))
+	}
+}
+
+func TestFencesGrow(t *testing.T) {
+	s := testserver.EtcdForTest(t, testserver.EtcdConfig{})
+	b := backend(t, connect(t, s.URL()))
+	token := dchannel.NewID()
+	last := acquire(t, b, "a", token, hour)
+	require.NoError(t, s.Kill())
+	require.NoError(t, s.Restart(t.Context()))
+	again := acquire(t, b, "a", token, hour)
+	require.True(t, again.Held && again.Mine)
+	require.Equal(t, last.Fence, again.Fence)
+	for range 20 {
+		_, err := b.Release(t.Context(), "a", token)
+		require.NoError(t, err)
+		token = dchannel.NewID()
+		next := acquire(t, b, "a", token, hour)
+		require.Greater(t, next.Fence, last.Fence)
+		last = next
+	}
+	require.NoError(t, s.Kill())
+	require.NoError(t, s.Wipe())
+	require.NoError(t, s.Restart(t.Context()))
+	gone, err := b.Extend(t.Context(), "a", token, hour)
+	require.NoError(t, err)
+	require.True(t, !gone.Held && !gone.Mine)
+	for _, b := range []*etcd.Backend{b, backend(t, connect(t, s.URL()))} {
+		token := dchannel.NewID()
+		next := acquire(t, b, "a", token, hour)
+		require.Greater(t, next.Fence, last.Fence)
+		last = next
+		_, err := b.Release(t.Context(), "a", token)
+		require.NoError(t, err)
+	}
+}
+
+func TestOneHolderAtATime(t *testing.T) {
+	url := server(t).URL()
+	const workers, each = 6, 15
+	var mu sync.Mutex
+	var fences []uint64
+	var wg sync.WaitGroup
+	for range workers {
+		b := backend(t, connect(t, url))
+		wg.Go(func() {
+			for done := 0; done < each; {
+				token := dchannel.NewID()
+				s, err := b.Acquire(t.Context(), "a", dchannel.Lease{Token: token, TTL: hour})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if !s.Held || !s.Mine {
+					continue
+				}
+				if !mu.TryLock() {
+					t.Error("two holders")
+					return
+				}
+				fences = append(fences, s.Fence)
+				_, err = b.Publish(t.Context(), "a", frame("x")) // the head changes under them
+				mu.Unlock()
+				if err == nil {
+					_, err = b.Release(t.Context(), "a", token)
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				done++
+			}
+		})
+	}
+	wg.Wait()
+	require.Len(t, fences, workers*each)
+	for i := 1; i < len(fences); i++ {
+		require.Greater(t, fences[i], fences[i-1])
+	}
+}
+
+func TestAcquireRacesClose(t *testing.T) {
+	url := server(t).URL()
+	a, b := backend(t, connect(t, url)), backend(t, connect(t, url))
+	for round := range 30 {
+		name := fmt.Sprint(round)
+		token := dchannel.NewID()
+		got := make(chan error, 1)
+		go func() {
+			_, err := a.Acquire(context.Background(), name, dchannel.Lease{Token: token, TTL: hour})
+			got <- err
+		}()
+		_, err := b.MarkClosed(t.Context(), name, dchannel.NewID(), hour)
+		require.NoError(t, err)
+		held := lockState(t, b, name).Held // after the close this does not change any more
+		err = <-got
+		require.Equal(t, held, err == nil)
+		require.Equal(t, !held, errors.Is(err, dchannel.ErrChanClosed), "%v", err)
+	}
+}
