@@ -32,7 +32,7 @@ func TestLockProofStoppedHolders(t *testing.T) {
 
 func TestLockProofKilledHolders(t *testing.T) {
 	t.Parallel()
-	locktest.KilledHolders(t, rig(server(t)), 2*time.Second, 4, true, 1500*time.Millisecond)
+	locktest.KilledHolders(t, rig(server(t)), 2*time.Second, time.Second, 4, true, 1500*time.Millisecond)
 }
 
 func TestLockProofWakeUps(t *testing.T) {

@@ -22,7 +22,7 @@ func openInChild(addr string) (dchannel.Backend, error) {
 func TestLockProofStoppedHolders(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
 	t.Run("processes", func(t *testing.T) {
-		locktest.StoppedHolders(t, rig(server), 250*time.Millisecond, 20)
+		locktest.StoppedHolders(t, rig(server), 200*time.Millisecond, 12)
 	})
 }
 
@@ -41,7 +41,7 @@ func TestLockProofKilledHolders(t *testing.T) {
 		_, err := p.Exec(ctx)
 		require.NoError(t, err)
 	}
-	locktest.KilledHolders(t, rig(server), 500*time.Millisecond, 8, true, 300*time.Millisecond)
+	locktest.KilledHolders(t, rig(server), 500*time.Millisecond, time.Millisecond, 8, true, 300*time.Millisecond)
 	n, err := client.DBSize(ctx).Result()
 	require.NoError(t, err)
 	t.Logf("beside %d other keys, nearly all with a time to live", n)

@@ -165,6 +165,9 @@ func (w *wakeUps) round(ctx context.Context, channel string, n int) (err error) 
 			return fmt.Errorf("unlock: %w", err)
 		}
 	}
+	if err := holder.CloseLockedUntil(); (ending == "release") != (err == nil) || err != nil && !errors.Is(err, dchannel.ErrNotHeld) {
+		return fmt.Errorf("unlock what ended by %s: %w", ending, err)
+	}
 
 	w.mu.Lock()
 	defer w.mu.Unlock()
