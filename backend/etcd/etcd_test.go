@@ -16,7 +16,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
-	"github.com/dchannel/dchannel/internal/locktest"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 	if err := os.Setenv("ETCD_CLIENT_DEBUG", "panic"); err != nil {
 		panic(err)
 	}
-	if locktest.Child(openInChild, nil) {
+	if lockproof.Child(openInChild, nil) {
 		return
 	}
 	goleak.VerifyTestMain(m)

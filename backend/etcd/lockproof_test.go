@@ -8,7 +8,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
-	"github.com/dchannel/dchannel/internal/locktest"
+	"github.com/dchannel/dchannel/internal/lockproof"
 )
 
 // openInChild connects in the processes that the proofs of the locks start.
@@ -26,23 +26,23 @@ func TestLockProofStoppedHolders(t *testing.T) {
 	t.Parallel()
 	s := server(t)
 	t.Run("processes", func(t *testing.T) {
-		locktest.StoppedHolders(t, rig(s), 2*time.Second, 4)
+		lockproof.StoppedHolders(t, rig(s), 2*time.Second, 4)
 	})
 }
 
 func TestLockProofKilledHolders(t *testing.T) {
 	t.Parallel()
-	locktest.KilledHolders(t, rig(server(t)), 2*time.Second, time.Second, 4, true, 1500*time.Millisecond)
+	lockproof.KilledHolders(t, rig(server(t)), 2*time.Second, time.Second, 4, true, 1500*time.Millisecond)
 }
 
 func TestLockProofWakeUps(t *testing.T) {
 	t.Parallel()
 	s := server(t)
 	r := rig(s)
-	locktest.WakeUps(t, func() dchannel.Backend { return r.Connect(t, s.Addr()) }, 240, 2*time.Second)
+	lockproof.WakeUps(t, func() dchannel.Backend { return r.Connect(t, s.Addr()) }, 240, 2*time.Second)
 }
 
 func TestLockProofTwoHundredContenders(t *testing.T) {
 	t.Parallel()
-	locktest.TwoHundredContenders(t, rig(server(t)), map[string]float64{"wait": 10, "fair": 1.1})
+	lockproof.TwoHundredContenders(t, rig(server(t)), map[string]float64{"wait": 10, "fair": 1.1})
 }

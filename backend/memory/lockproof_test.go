@@ -8,12 +8,12 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/memory"
-	"github.com/dchannel/dchannel/internal/locktest"
+	"github.com/dchannel/dchannel/internal/lockproof"
 )
 
 func TestLockProofWakeUps(t *testing.T) {
 	store := memory.NewStore()
-	locktest.WakeUps(t, func() dchannel.Backend {
+	lockproof.WakeUps(t, func() dchannel.Backend {
 		b := store.Backend()
 		t.Cleanup(func() { assert.NoError(t, b.Close()) })
 		return b

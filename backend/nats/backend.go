@@ -41,6 +41,9 @@ type Backend struct {
 	pushes chan *natsgo.Msg
 
 	trims chan trim
+	fence atomic.Uint64 // the highest that this process has seen of any lock
+	// comparing says that the watched locks are being looked at.
+	comparing atomic.Bool
 
 	closeOnce sync.Once
 	closed    chan struct{}
@@ -51,6 +54,7 @@ type Backend struct {
 var (
 	_ dchannel.Backend = (*Backend)(nil)
 	_ dchannel.Checker = (*Backend)(nil)
+	_ dchannel.Locker  = (*Backend)(nil)
 )
 
 // New returns a backend on conn, which stays the caller's: Close does not close it.
@@ -110,8 +114,10 @@ func (b *Backend) Remove(ctx context.Context, channel string) error {
 }
 
 func (b *Backend) remove(ctx context.Context, name string) error {
-	if err := b.purge(ctx, name, 0); err != nil {
-		return err
+	for _, subject := range []string{b.names.log + token(name), b.names.lock(name)} {
+		if err := b.purge(ctx, subject, 0); err != nil {
+			return err
+		}
 	}
 	b.remembered(name).invalidate()
 	// Others ask only for what is new since they last asked: tell them that

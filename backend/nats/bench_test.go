@@ -48,3 +48,22 @@ func BenchmarkAppend(b *testing.B) {
 		require.NoError(b, js.DeleteStream(within(b), "plain"))
 	})
 }
+
+// A free lock taken and given back, and one that another holds asked for.
+func BenchmarkLock(b *testing.B) {
+	be := backend(b, sharedServer(b))
+	b.Run("AcquireRelease", func(b *testing.B) {
+		for b.Loop() {
+			token := dchannel.NewID()
+			require.True(b, acquire(b, be, "free", token, hour).Mine)
+			_, err := be.Release(b.Context(), "free", token)
+			require.NoError(b, err)
+		}
+	})
+	acquire(b, be, "held", dchannel.NewID(), hour)
+	b.Run("Refused", func(b *testing.B) {
+		for b.Loop() {
+			require.False(b, acquire(b, be, "held", dchannel.NewID(), hour).Mine)
+		}
+	})
+}

@@ -45,7 +45,39 @@
 //
 // # Locks
 //
-// Not in this driver yet.
+// [Backend] is a [dchannel.Locker]. A lock is a subject of the same stream,
+// dchannel.log.lock:<channel>, and its last message is its state: one line of JSON with the
+// newest generation, whether it is held, and how the last ones ended. Every step is a
+// publish that expects the last message of the subject. The stream, its settings and the
+// permissions are those of the logs.
+//
+// Promised: there is one holder by the server's clock, every generation ends once, and a call
+// that is repeated does nothing twice. A hold counts from the server's timestamp of its message, in
+// milliseconds, and no client's clock is used: the clock is that of the stream's leader, read by
+// STREAM.INFO with each look at the lock. A message that extends or ends a hold says when that
+// was over; taken later, it is void, and the generation has expired. All who read it judge alike, also
+// when it was late on its way. Nothing has to happen at the server when a hold is over, and nobody
+// has to write it down: the next generation does.
+//
+// The server's own times to live (Nats-TTL) are not what ends a hold: they are whole seconds, and what goes
+// leaves no trace of its fence. They are what ends the memory, a day after the generation's time.
+//
+// Fences are the last one and 1, or the server's time in microseconds if that is more, so they grow over
+// a purge, another stream and [Backend.Remove] too, unless the server's clock went back. Acquire looks for
+// the log's end behind its own message: the stream's numbers tell which was first, and a generation
+// that began behind a close marker ends at once, as closed. Others may see it held for that moment.
+//
+// [Backend.WatchLock] is one core subscription. Expiry is not hinted: wait for Remaining. A push that was
+// lost is found when positions are compared.
+//
+// Not promised: lines. Acquire with Lease.Fair returns errors.ErrUnsupported. In a cluster, a leader whose clock
+// differs from the one's before moves the end of a hold by as much. A holder that was paused longer than
+// its time does not know it: what the lock protects has to check the fence, on reading and on writing. Who
+// may publish to dchannel.log.* can end any lock.
+//
+// Acquire takes three trips if it succeeds and one if not, Extend and Release three. Who takes a step has
+// old records deleted now and then, one in 64, which needs the permission to purge; without it
+// they stay for their day, at most as many as the stream keeps of a subject.
 //
 // # Reconnect
 //

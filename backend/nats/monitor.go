@@ -50,6 +50,7 @@ func (b *Backend) monitor() {
 			m.look()
 		case <-probe.C:
 			m.probe()
+			b.compareLocks()
 			if time.Since(swept) > time.Minute {
 				swept = time.Now()
 				b.sweep(10 * time.Minute)

@@ -9,6 +9,7 @@ import (
 //	<ns>                    the stream
 //	<ns>.log.<channel>      a channel's log, kept by the stream
 //	<ns>.push.<channel>     what the stream publishes again for subscribers; not kept
+//	<ns>.log.lock:<channel> a channel's lock, likewise
 //	<ns>.meta.incarnation   one entry that stands for the stream's memory
 //	<ns>.meta.removed       a note for every Remove
 type names struct {
@@ -25,6 +26,14 @@ func namesOf(namespace string) names {
 		incarnation: ns + ".meta.incarnation", removed: ns + ".meta.removed",
 	}
 }
+
+// lock is the subject of a channel's lock. It is among the logs, and so kept, pushed and permitted
+// like them, but no channel's: no token has a ':' in it.
+func (n names) lock(channel string) string { return n.log + lockMark + token(channel) }
+
+func (n names) lockPush(channel string) string { return n.push + lockMark + token(channel) }
+
+const lockMark = "lock:"
 
 // token writes a name as one token of a subject: letters, digits, '-' and '_' as
 // they are, every other byte as %XX. So no two names meet, none is a wildcard or

@@ -24,16 +24,24 @@ type subscription struct {
 	mu      sync.Mutex // held during every call of the sink
 	sink    dchannel.Sink
 	closed  bool
+	lock    bool   // of a lock: any message is a hint
+	place   uint64 // of the newest message that there was a hint for
 	sub     *natsgo.Subscription
 	dropped int
 }
 
 // Subscribe implements [dchannel.Backend].
 func (b *Backend) Subscribe(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error) {
+	return b.subscribe(ctx, func() *subscription {
+		return &subscription{b: b, subject: b.names.push + token(channel), sink: sink, channel: b.channel(channel)}
+	})
+}
+
+func (b *Backend) subscribe(ctx context.Context, build func() *subscription) (dchannel.Subscription, error) {
 	var s *subscription
-	err := b.retryMissing(ctx, func() (err error) {
-		s, err = b.subscribe(ctx, channel, sink)
-		return err
+	err := b.retryMissing(ctx, func() error {
+		s = build()
+		return b.begin(ctx, s)
 	})
 	if err != nil {
 		return nil, err
@@ -41,12 +49,11 @@ func (b *Backend) Subscribe(ctx context.Context, channel string, sink dchannel.S
 	return s, nil
 }
 
-func (b *Backend) subscribe(ctx context.Context, channel string, sink dchannel.Sink) (*subscription, error) {
-	s := &subscription{b: b, subject: b.names.push + token(channel), sink: sink, channel: b.channel(channel)}
+func (b *Backend) begin(ctx context.Context, s *subscription) error {
 	b.subsMu.Lock()
 	if err := b.isClosed(); err != nil {
 		b.subsMu.Unlock()
-		return nil, err
+		return err
 	}
 	b.subs[s.subject] = append(slices.Clip(b.subs[s.subject]), s)
 	b.subsMu.Unlock()
@@ -74,10 +81,10 @@ func (b *Backend) subscribe(ctx context.Context, channel string, sink dchannel.S
 	}
 	if err != nil {
 		s.Close()
-		return nil, mapError(err, false)
+		return mapError(err, false)
 	}
 	s.state(dchannel.StateLive, nil)
-	return s, nil
+	return nil
 }
 
 // open runs on the queue's goroutine, and without the lock: it may take a while.
@@ -212,6 +219,12 @@ func (b *Backend) push(m *natsgo.Msg) {
 	subs := b.subs[m.Subject] // never changed, only replaced
 	b.subsMu.RUnlock()
 	if len(subs) == 0 {
+		return
+	}
+	if subs[0].lock { // no log has the subject of a lock
+		for _, s := range subs {
+			b.lockPushed(s, number(m, headerSequence))
+		}
 		return
 	}
 	life := b.life.Load()

@@ -9,11 +9,11 @@ import (
 	natsgo "github.com/nats-io/nats.go"
 )
 
-// trim is a channel whose old entries are to go: those below a place, or, if that is
+// trim is a subject whose old messages are to go: those below a place, or, if that is
 // 0, those older than the retention.
 type trim struct {
-	name  string
-	below uint64
+	subject string
+	below   uint64
 }
 
 // trimLater has old entries of c deleted now and then, while it is appended to. Their
@@ -27,7 +27,7 @@ func (b *Backend) trimLater(c *channel, place uint64, began bool) {
 		c.trimAt = time.Now().Add(pause)
 	}
 	c.mu.Unlock()
-	t := trim{name: c.name}
+	t := trim{subject: b.names.log + token(c.name)}
 	if began {
 		t.below = place // what an earlier log has left
 	}
@@ -48,7 +48,7 @@ func (b *Backend) trimmer() {
 		case t := <-b.trims:
 			ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
 			if err := b.trim(ctx, t); err != nil && b.isClosed() == nil {
-				b.opt.logger.Info("nats: old entries were not deleted", "channel", t.name, "error", err)
+				b.opt.logger.Info("nats: old entries were not deleted", "subject", t.subject, "error", err)
 			}
 			cancel()
 		}
@@ -58,23 +58,23 @@ func (b *Backend) trimmer() {
 func (b *Backend) trim(ctx context.Context, t trim) error {
 	if t.below == 0 {
 		since := b.now().Add(-b.opt.retention).UTC()
-		records, _, err := b.page(ctx, getRequest{Next: b.names.log + token(t.name), Time: &since, Batch: 1})
+		records, _, err := b.page(ctx, getRequest{Next: t.subject, Time: &since, Batch: 1})
 		if err != nil || len(records) == 0 {
 			return err
 		}
 		t.below = records[0].place
 	}
-	return b.purge(ctx, t.name, t.below)
+	return b.purge(ctx, t.subject, t.below)
 }
 
-// purge deletes a channel's entries below a place; with 0, all of them.
-func (b *Backend) purge(ctx context.Context, name string, below uint64) error {
+// purge deletes a subject's messages below a place; with 0, all of them.
+func (b *Backend) purge(ctx context.Context, subject string, below uint64) error {
 	m := natsgo.NewMsg("$JS.API.STREAM.PURGE." + b.names.stream)
 	var err error
 	if m.Data, err = json.Marshal(struct {
 		Filter string `json:"filter"`
 		Seq    uint64 `json:"seq,omitempty"`
-	}{b.names.log + token(name), below}); err != nil {
+	}{subject, below}); err != nil {
 		return err
 	}
 	_, err = b.publish(ctx, m) // its answer has the same form as far as errors go

@@ -17,12 +17,12 @@ import (
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/redis"
 	"github.com/dchannel/dchannel/internal/faultproxy"
-	"github.com/dchannel/dchannel/internal/locktest"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
 func TestMain(m *testing.M) {
-	if locktest.Child(openInChild, nil) {
+	if lockproof.Child(openInChild, nil) {
 		return
 	}
 	if addr := os.Getenv(holderEnv); addr != "" {

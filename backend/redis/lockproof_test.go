@@ -10,7 +10,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/redis"
-	"github.com/dchannel/dchannel/internal/locktest"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
@@ -22,7 +22,7 @@ func openInChild(addr string) (dchannel.Backend, error) {
 func TestLockProofStoppedHolders(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
 	t.Run("processes", func(t *testing.T) {
-		locktest.StoppedHolders(t, rig(server), 200*time.Millisecond, 12)
+		lockproof.StoppedHolders(t, rig(server), 200*time.Millisecond, 12)
 	})
 }
 
@@ -41,7 +41,7 @@ func TestLockProofKilledHolders(t *testing.T) {
 		_, err := p.Exec(ctx)
 		require.NoError(t, err)
 	}
-	locktest.KilledHolders(t, rig(server), 500*time.Millisecond, time.Millisecond, 8, true, 300*time.Millisecond)
+	lockproof.KilledHolders(t, rig(server), 500*time.Millisecond, time.Millisecond, 8, true, 300*time.Millisecond)
 	n, err := client.DBSize(ctx).Result()
 	require.NoError(t, err)
 	t.Logf("beside %d other keys, nearly all with a time to live", n)
@@ -50,10 +50,10 @@ func TestLockProofKilledHolders(t *testing.T) {
 func TestLockProofWakeUps(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
 	r := rig(server)
-	locktest.WakeUps(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, 500, 50*time.Millisecond)
+	lockproof.WakeUps(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, 500, 50*time.Millisecond)
 }
 
 func TestLockProofTwoHundredContenders(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
-	locktest.TwoHundredContenders(t, rig(server), map[string]float64{"wait": 10, "fair": 1.1})
+	lockproof.TwoHundredContenders(t, rig(server), map[string]float64{"wait": 10, "fair": 1.1})
 }

@@ -1,8 +1,8 @@
-// Package locktest has the proofs of the locks that are too large for the conformance
+// Package lockproof has the proofs of the locks that are too large for the conformance
 // suite: holders that are stopped or killed as processes of the operating system, and
 // many contenders in many processes. Each prints its figures. Every driver's tests call
 // them with its own rig; the processes are the test binary again, see [Child].
-package locktest
+package lockproof
 
 import (
 	"bufio"
