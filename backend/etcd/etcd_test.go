@@ -16,6 +16,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
@@ -23,6 +24,9 @@ func TestMain(m *testing.M) {
 	// The client's logger tells of every broken connection, which is what these tests make.
 	if err := os.Setenv("ETCD_CLIENT_DEBUG", "panic"); err != nil {
 		panic(err)
+	}
+	if lockproof.Child(openInChild, nil) {
+		return
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -3,6 +3,7 @@ package etcd
 import (
 	"cmp"
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -184,6 +185,10 @@ func (v *lockView) state(token string) dchannel.LockState {
 		Fence: v.gen.Fence, Held: v.held, Info: v.gen.Info, Waiting: v.waiting,
 		TTL:  time.Duration(v.gen.TTL) * time.Second,
 		Mine: v.gen.Fence > 0 && token != "" && v.gen.Token == token,
+	}
+	// So that of all who stand in line only one asks whether it is its turn.
+	if id, err := hex.DecodeString(v.gen.Token); err == nil && len(id) == len(s.Token) {
+		copy(s.Token[:], id)
 	}
 	for _, e := range v.ended() {
 		s.Ended = append(s.Ended, dchannel.LockEnd{Fence: e.Fence, Outcome: outcome(e.Outcome)})

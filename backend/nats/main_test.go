@@ -13,10 +13,16 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/nats"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if lockproof.Child(openInChild, nil) {
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const patience = 20 * time.Second
 

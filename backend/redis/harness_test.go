@@ -17,10 +17,14 @@ import (
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/redis"
 	"github.com/dchannel/dchannel/internal/faultproxy"
+	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
 func TestMain(m *testing.M) {
+	if lockproof.Child(openInChild, nil) {
+		return
+	}
 	if addr := os.Getenv(holderEnv); addr != "" {
 		hold(addr)
 		return

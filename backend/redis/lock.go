@@ -2,6 +2,7 @@ package redis
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strconv"
@@ -93,8 +94,8 @@ var errLockAnswer = fmt.Errorf("%w: the lock script's answer is not understood",
 
 // parseLock reads the answer that lock.lua describes.
 func parseLock(answer string) (s dchannel.LockState, err error) {
-	parts := strings.SplitN(answer, "\n", 3)
-	if len(parts) != 3 {
+	parts := strings.SplitN(answer, "\n", 4)
+	if len(parts) != 4 {
 		return s, errLockAnswer
 	}
 	var what string
@@ -115,7 +116,10 @@ func parseLock(answer string) (s dchannel.LockState, err error) {
 		}
 		s.Ended = append(s.Ended, e)
 	}
-	s.Info = parts[2]
+	if n, err := hex.Decode(s.Token[:], []byte(parts[2][:min(len(parts[2]), 2*len(s.Token))])); err != nil || 2*n != len(parts[2]) {
+		return dchannel.LockState{}, errLockAnswer
+	}
+	s.Info = parts[3]
 	return s, nil
 }
 

@@ -3,7 +3,8 @@
 -- ARGV  1 acquire|extend|release|end|state  2 token  3 ttl, ms
 --       4 acquire: "1" to line up; release: "1" to void the token; end: fence, or 0 for any
 --       5 end: the outcome  6 notices channel  7 info
--- Returns "ok|closed fence held mine ttl remaining waiting\nfence:outcome:token ...\ninfo".
+-- Returns "ok|closed fence held mine ttl remaining waiting\nfence:outcome:token ...\ntoken\ninfo".
+-- Without the token there, all who stand in line would have to ask whether it is their turn.
 --
 -- The lock is a hash: fence, token, until (us; 0 when it is free), ttl (ms) and info of the
 -- newest generation; ended, how the last ones did; and, under the tokens of those in the
@@ -123,4 +124,4 @@ local function bit(b) return b and '1' or '0' end
 return table.concat({closed and op == 'acquire' and 'closed' or 'ok', fence, bit(deadline > 0),
   bit(fence ~= '0' and owner == token), string.format('%.0f', span),
   string.format('%.0f', deadline > 0 and math.ceil((deadline - now) / 1000) or 0),
-  call('ZCARD', KEYS[3])}, ' ') .. '\n' .. ended .. '\n' .. about
+  call('ZCARD', KEYS[3])}, ' ') .. '\n' .. ended .. '\n' .. owner .. '\n' .. about

@@ -31,15 +31,19 @@ func TestDoubtsAreForgotten(t *testing.T) {
 }
 
 func TestParseLockNeverCrashes(t *testing.T) {
-	s, err := parseLock("ok 7 1 0 1500 3 2\n6:1:t 5:2:t \nin\nfo")
+	token := dchannel.NewID()
+	s, err := parseLock("ok 7 1 0 1500 3 2\n6:1:t 5:2:t \n" + token.String() + "\nin\nfo")
 	require.NoError(t, err)
 	require.Equal(t, dchannel.LockState{
-		Fence: 7, Held: true, TTL: 1500 * time.Millisecond, Remaining: 3 * time.Millisecond, Info: "in\nfo", Waiting: 2,
+		Fence: 7, Held: true, TTL: 1500 * time.Millisecond, Remaining: 3 * time.Millisecond, Info: "in\nfo", Waiting: 2, Token: token,
 		Ended: []dchannel.LockEnd{{Fence: 6, Outcome: dchannel.LockReleased}, {Fence: 5, Outcome: dchannel.LockExpired}},
 	}, s)
-	_, err = parseLock("closed 7 1 0 1500 3 2\n\n")
+	_, err = parseLock("closed 7 1 0 1500 3 2\n\n\n")
 	require.ErrorIs(t, err, dchannel.ErrChanClosed)
-	for _, junk := range []string{"", "\n\n", "ok", "ok 1 1 1 1 1 1", "ok 1 1 1 1 1\n\n", "ok x 1 1 1 1 1\n\n", "ok 1 1 1 1 1 1\n1\n", "ok 1 1 1 1 1 1\n1:256:t\n", "ok -1 1 1 1 1 1\n\n"} {
+	for _, junk := range []string{"", "\n\n", "ok", "ok 1 1 1 1 1 1",
+		"ok 1 1 1 1 1 1\n\n", "ok 1 1 1 1 1\n\n\n", "ok x 1 1 1 1 1\n\n\n", "ok 1 1 1 1 1 1\n1\n\n", "ok 1 1 1 1 1 1\n1:256:t\n\n", "ok -1 1 1 1 1 1\n\n\n",
+		"ok 1 1 1 1 1 1\n\nabc\n", "ok 1 1 1 1 1 1\n\nx\n", "ok 1 1 1 1 1 1\n\n" + token.String() + "00\n",
+	} {
 		s, err := parseLock(junk)
 		require.ErrorIs(t, err, dchannel.ErrUncertain, "%q", junk)
 		require.Zero(t, s)

@@ -14,7 +14,7 @@ import (
 // process is one run of a server.
 type process struct {
 	cmd    *exec.Cmd
-	exited chan struct{} // closed when the process has been waited for
+	exited <-chan struct{} // closed when the process has been waited for
 }
 
 // startProcess runs the binary with its output appended to the file logName.
@@ -27,9 +27,18 @@ func startProcess(binary string, args []string, dir, logName string) (*process, 
 	cmd := exec.Command(binary, args...)
 	cmd.Dir = dir
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = dieWithParent()
+	exited, err := StartChild(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return &process{cmd: cmd, exited: exited}, nil
+}
 
-	p := &process{cmd: cmd, exited: make(chan struct{})}
+// StartChild starts cmd as a process that dies with this one (on Linux even if this one
+// is killed), and waits for it: exited is closed when it is gone.
+func StartChild(cmd *exec.Cmd) (exited <-chan struct{}, err error) {
+	cmd.SysProcAttr = dieWithParent()
+	gone := make(chan struct{})
 	started := make(chan error, 1)
 	go func() {
 		// The kernel takes the thread that forked for the parent, and kills the child
@@ -42,13 +51,10 @@ func startProcess(binary string, args []string, dir, logName string) (*process, 
 		if err != nil {
 			return
 		}
-		_ = cmd.Wait() // a killed server has no exit status worth reporting
-		close(p.exited)
+		_ = cmd.Wait() // a killed process has no exit status worth reporting
+		close(gone)
 	}()
-	if err := <-started; err != nil {
-		return nil, err
-	}
-	return p, nil
+	return gone, <-started
 }
 
 func (p *process) running() bool {

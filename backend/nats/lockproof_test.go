@@ -1,0 +1,45 @@
+package nats_test
+
+import (
+	"testing"
+	"time"
+
+	natsgo "github.com/nats-io/nats.go"
+
+	"github.com/dchannel/dchannel"
+	"github.com/dchannel/dchannel/backend/nats"
+	"github.com/dchannel/dchannel/internal/lockproof"
+	"github.com/dchannel/dchannel/internal/testserver"
+)
+
+// openInChild connects in the processes that the proofs of the locks start.
+func openInChild(addr string) (dchannel.Backend, error) {
+	conn, err := natsgo.Connect("nats://"+addr, natsgo.MaxReconnects(-1))
+	if err != nil {
+		return nil, err
+	}
+	return nats.New(conn), nil
+}
+
+func TestLockProofStoppedHolders(t *testing.T) {
+	server := testserver.NATSForTest(t, testserver.NATSConfig{})
+	t.Run("processes", func(t *testing.T) {
+		lockproof.StoppedHolders(t, rig(server), 250*time.Millisecond, 12)
+	})
+}
+
+func TestLockProofKilledHolders(t *testing.T) {
+	server := testserver.NATSForTest(t, testserver.NATSConfig{})
+	lockproof.KilledHolders(t, rig(server), 500*time.Millisecond, time.Millisecond, 6, false, 300*time.Millisecond)
+}
+
+func TestLockProofWakeUps(t *testing.T) {
+	server := testserver.NATSForTest(t, testserver.NATSConfig{})
+	r := rig(server)
+	lockproof.WakeUps(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, 500, 100*time.Millisecond)
+}
+
+func TestLockProofTwoHundredContenders(t *testing.T) {
+	server := testserver.NATSForTest(t, testserver.NATSConfig{})
+	lockproof.TwoHundredContenders(t, rig(server), map[string]float64{"wait": 10})
+}
