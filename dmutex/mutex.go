@@ -45,7 +45,7 @@ type Mutex struct {
 // they see that the lock is free.
 const (
 	maxStreak = 16
-	breather  = 5 * time.Millisecond
+	breather  = 3 * time.Millisecond
 )
 
 // New returns a mutex for key, on a channel of that name that nobody closes. It does
