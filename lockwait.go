@@ -211,7 +211,6 @@ func (c *contender) wait(outer context.Context) (hd *Hold, err error) {
 				continue
 			}
 		}
-		n = w.fresh()
 		if hd, err = c.try(ctx, 0); !errors.Is(err, ErrLocked) {
 			return hd, err
 		}

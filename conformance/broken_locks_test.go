@@ -17,7 +17,7 @@ var lockMutants = []mutant{
 			if err != nil {
 				return before, err
 			}
-			time.Sleep(3 * time.Millisecond)
+			time.Sleep(3 * time.Millisecond) //nolint:forbidigo // the gap is the bug
 			st, err := b.locker().Acquire(ctx, channel, l)
 			if err != nil || before.Held {
 				return st, err

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -137,7 +138,7 @@ func (e *env) lockedOut(h Handle) *dchannel.LockedError {
 
 // outcome expects how a generation ended.
 func (e *env) outcome(h Handle, fence uint64, want dchannel.LockOutcome) {
-	ctx, done := e.patient()
+	ctx, done := context.WithTimeout(e.ctx, e.h.Patience+aWhile)
 	defer done()
 	if got, err := h.WaitFence(ctx, fence); err != nil {
 		e.fatalf("WaitFence(%d): %s", fence, e.why(err))

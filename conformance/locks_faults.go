@@ -83,14 +83,14 @@ func unlockReturns(e *env) {
 	expect("of what never was locked", a, nil)
 	hold := e.lock(a, time.Minute, dchannel.WithAutoExtend())
 	expect("by who does not hold the lock", b, nil)
-	e.lockedOut(b)
+	_ = e.lockedOut(b)
 	expect("of what is held", a, nil)
 	if !errors.Is(context.Cause(hold.Context()), dchannel.ErrLockReleased) {
 		e.fatalf("a hold's context ends after CloseLockedUntil with %v", context.Cause(hold.Context()))
 	}
 	e.lock(b, time.Minute)
 	expect("when another holds the lock by now", a, nil)
-	e.lockedOut(a)
+	_ = e.lockedOut(a)
 	expect("of what is held", b, nil)
 
 	a, b = pair("forced")
@@ -101,7 +101,7 @@ func unlockReturns(e *env) {
 	force(b, e.lock(a, time.Minute).Fence())
 	e.lock(b, time.Minute)
 	expect("when another has had the lock", a, dchannel.ErrLockLost)
-	e.lockedOut(a)
+	_ = e.lockedOut(a)
 
 	a, b = pair("closed")
 	e.lock(a, time.Minute)
@@ -266,7 +266,10 @@ func lockWatchesGone(e *env) {
 		waiting = append(waiting, func() {
 			switch i / 2 {
 			case 0:
-				e.outcome(h, hold.Fence(), dchannel.LockReleased)
+				// How it ended may be forgotten by the time that it asks.
+				if _, err := h.WaitFence(e.ctx, hold.Fence()); err != nil {
+					e.fatalf("WaitFence: %v", err)
+				}
 			case 1:
 				e.lock(h, time.Minute, dchannel.WithWait())
 				e.unlock(h)
@@ -274,7 +277,11 @@ func lockWatchesGone(e *env) {
 				ctx, done := context.WithTimeout(e.ctx, settle)
 				defer done()
 				_, err := h.LockFor(ctx, time.Minute, dchannel.WithWait())
-				e.expectErr("LockFor that gave up", err, context.DeadlineExceeded)
+				if err == nil { // the machine is so busy that its turn came first
+					e.unlock(h)
+				} else {
+					e.expectErr("LockFor that gave up", err, context.DeadlineExceeded)
+				}
 			}
 		})
 	}

@@ -254,7 +254,7 @@ func (c *client) lock(ctx context.Context) bool {
 			c.rec.add(c.id, call, input{op: extended, fence: fence, ttl: hold.TTL()})
 		}
 	}
-	c.pause(ttl * 3 / 2)
+	c.pause(ttl * 2) // sometimes for too long
 	call = c.rec.now()
 	err = c.ch.CloseLockedUntil()
 	if errors.Is(err, dchannel.ErrNotHeld) {
@@ -272,4 +272,6 @@ func (c *client) bad(call string, err error) bool {
 	return err != nil
 }
 
-func (c *client) pause(d time.Duration) { time.Sleep(rand.N(d)) }
+func (c *client) pause(d time.Duration) {
+	time.Sleep(rand.N(d)) //nolint:forbidigo // how long a client does something else
+}
