@@ -5,10 +5,12 @@ import (
 	"time"
 
 	natsgo "github.com/nats-io/nats.go"
+	"github.com/stretchr/testify/require"
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/nats"
 	"github.com/dchannel/dchannel/internal/lockproof"
+	"github.com/dchannel/dchannel/internal/locktest"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
@@ -23,9 +25,7 @@ func openInChild(addr string) (dchannel.Backend, error) {
 
 func TestLockProofStoppedHolders(t *testing.T) {
 	server := testserver.NATSForTest(t, testserver.NATSConfig{})
-	t.Run("processes", func(t *testing.T) {
-		lockproof.StoppedHolders(t, rig(server), 250*time.Millisecond, 12)
-	})
+	lockproof.StoppedHolders(t, rig(server), 250*time.Millisecond, 12)
 }
 
 func TestLockProofKilledHolders(t *testing.T) {
@@ -42,4 +42,11 @@ func TestLockProofWakeUps(t *testing.T) {
 func TestLockProofTwoHundredContenders(t *testing.T) {
 	server := testserver.NATSForTest(t, testserver.NATSConfig{})
 	lockproof.TwoHundredContenders(t, rig(server), map[string]float64{"wait": 10})
+}
+
+func TestLockProofLinearizable(t *testing.T) {
+	server := testserver.NATSForTest(t, testserver.NATSConfig{})
+	r := rig(server)
+	report := locktest.Check(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, locktest.Config{For: 3 * time.Second, Late: 10 * time.Millisecond})
+	require.Positive(t, report.Expiries)
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/redis"
 	"github.com/dchannel/dchannel/internal/lockproof"
+	"github.com/dchannel/dchannel/internal/locktest"
 	"github.com/dchannel/dchannel/internal/testserver"
 )
 
@@ -21,9 +22,7 @@ func openInChild(addr string) (dchannel.Backend, error) {
 
 func TestLockProofStoppedHolders(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
-	t.Run("processes", func(t *testing.T) {
-		lockproof.StoppedHolders(t, rig(server), 200*time.Millisecond, 12)
-	})
+	lockproof.StoppedHolders(t, rig(server), 200*time.Millisecond, 12)
 }
 
 // Redis' own expiry is seconds late when there are many keys with a time to live.
@@ -56,4 +55,11 @@ func TestLockProofWakeUps(t *testing.T) {
 func TestLockProofTwoHundredContenders(t *testing.T) {
 	server := testserver.RedisForTest(t, testserver.RedisConfig{})
 	lockproof.TwoHundredContenders(t, rig(server), map[string]float64{"wait": 10, "fair": 1.1})
+}
+
+func TestLockProofLinearizable(t *testing.T) {
+	server := testserver.RedisForTest(t, testserver.RedisConfig{})
+	r := rig(server)
+	report := locktest.Check(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, locktest.Config{For: 3 * time.Second, Late: 10 * time.Millisecond})
+	require.Positive(t, report.Expiries)
 }

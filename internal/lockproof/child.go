@@ -139,7 +139,7 @@ func spawn(s spec) (*process, error) {
 	}
 	go func() {
 		<-p.exited
-		w.Close() //nolint:errcheck // of a pipe in memory
+		w.Close()
 	}()
 	go func() {
 		defer close(p.events)
@@ -179,7 +179,8 @@ func (p *process) say(word string) error {
 // kill ends the process for sure, and waits until it is gone.
 func (p *process) kill() {
 	_ = p.cmd.Process.Kill() // it may be gone already
-	for range p.events {     //nolint:revive // nobody wants them
+	for range p.events {
+		continue // until it is closed
 	}
 }
 

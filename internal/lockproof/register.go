@@ -27,6 +27,8 @@ import (
 // where the register does not look at the fence, where it does on writes, and where it
 // does on reads too.
 func StoppedHolders(t *testing.T, rig drivertest.Rig, ttl time.Duration, rounds int) {
+	var together sync.WaitGroup // they wait most of the time, however few processors there are
+	defer together.Wait()
 	for _, c := range []struct {
 		name        string
 		read, write bool
@@ -35,42 +37,43 @@ func StoppedHolders(t *testing.T, rig drivertest.Rig, ttl time.Duration, rounds 
 		{"the fence is checked on writes", false, true},
 		{"the fence is checked on reads and writes", true, true},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			r := newRegister(t, c.read, c.write, rounds)
-			var told, knew int
-			var all []*process
-			for range 3 {
-				p, err := spawn(spec{Role: "increment", Addr: rig.Server.Addr(), Channel: t.Name(), TTL: ttl, Register: r.listener.Addr().String()})
-				require.NoError(t, err)
-				t.Cleanup(p.kill)
-				all = append(all, p)
-			}
-			for _, p := range all {
-				e, err := p.expect(ctx, "done")
-				require.NoError(t, err)
-				told, knew = told+e.Told, knew+e.Knew
-			}
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			lost := r.acknowledged - r.value
-			t.Logf("%s: %d holders stopped beyond their TTL, %d updates acknowledged, %d LOST; %d writes and %d reads refused;"+
-				" %d were told when they released, %d of their contexts had ended before the write",
-				c.name, r.rounds, r.acknowledged, lost, r.refusedWrites, r.refusedReads, told, knew)
-			require.GreaterOrEqual(t, r.rounds, rounds)
-			assert.Equal(t, r.rounds, told, "who was stopped is told by CloseLockedUntil")
-			switch {
-			case c.read && c.write:
-				assert.Zero(t, lost)
-				assert.Equal(t, r.rounds, r.refusedWrites, "only those who were stopped are refused")
-			case c.write:
-				assert.Positive(t, lost, "checking writes alone is not enough")
-				assert.Less(t, lost, r.rounds)
-			default:
-				assert.GreaterOrEqual(t, lost, r.rounds, "a lock without a fence is not enough, or the test has no teeth")
-			}
+		together.Go(func() {
+			t.Run(c.name, func(t *testing.T) {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				r := newRegister(t, c.read, c.write, rounds)
+				var told, knew int
+				var all []*process
+				for range 3 {
+					p, err := spawn(spec{Role: "increment", Addr: rig.Server.Addr(), Channel: t.Name(), TTL: ttl, Register: r.listener.Addr().String()})
+					require.NoError(t, err)
+					t.Cleanup(p.kill)
+					all = append(all, p)
+				}
+				for _, p := range all {
+					e, err := p.expect(ctx, "done")
+					require.NoError(t, err)
+					told, knew = told+e.Told, knew+e.Knew
+				}
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				lost := r.acknowledged - r.value
+				t.Logf("%s: %d holders stopped beyond their TTL, %d updates acknowledged, %d LOST; %d writes and %d reads refused;"+
+					" %d were told when they released, %d of their contexts had ended before the write",
+					c.name, r.rounds, r.acknowledged, lost, r.refusedWrites, r.refusedReads, told, knew)
+				require.GreaterOrEqual(t, r.rounds, rounds)
+				assert.Equal(t, r.rounds, told, "who was stopped is told by CloseLockedUntil")
+				switch {
+				case c.read && c.write:
+					assert.Zero(t, lost)
+					assert.Equal(t, r.rounds, r.refusedWrites, "only those who were stopped are refused")
+				case c.write:
+					assert.Positive(t, lost, "checking writes alone is not enough")
+					assert.Less(t, lost, r.rounds)
+				default:
+					assert.GreaterOrEqual(t, lost, r.rounds, "a lock without a fence is not enough, or the test has no teeth")
+				}
+			})
 		})
 	}
 }
