@@ -23,6 +23,14 @@ type broken struct {
 	heads     func(ctx context.Context, channels []string) ([]dchannel.Head, error)
 	subscribe func(ctx context.Context, channel string, sink dchannel.Sink) (dchannel.Subscription, error)
 	remove    func(ctx context.Context, channel string) error
+
+	acquire   func(ctx context.Context, channel string, l dchannel.Lease) (dchannel.LockState, error)
+	extend    func(ctx context.Context, channel string, token dchannel.ID, ttl time.Duration) (dchannel.LockState, error)
+	release   func(ctx context.Context, channel string, token dchannel.ID) (dchannel.LockState, error)
+	endLock   func(ctx context.Context, channel string, fence uint64, o dchannel.LockOutcome) (dchannel.LockState, error)
+	lockState func(ctx context.Context, channel string) (dchannel.LockState, error)
+	watchLock func(ctx context.Context, channel string, hint func()) (dchannel.Subscription, error)
+	fences    func(st dchannel.LockState) dchannel.LockState // stands behind those that are not replaced
 }
 
 func (b *broken) Publish(ctx context.Context, channel string, f dchannel.Frame) (dchannel.Position, error) {

@@ -397,6 +397,9 @@ func cleanupRemove(e *env) {
 	}
 	h := e.attach(name, a)[0]
 	e.publishMany(h, "m", 5)
+	if _, ok := a.(dchannel.Locker); ok {
+		e.lock(h, time.Minute)
+	}
 	if err := h.Close(); err != nil {
 		e.fatalf("Close: %v", err)
 	}

@@ -1,7 +1,6 @@
 package conformance
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -83,7 +82,7 @@ var locks = []guarantee{
 	},
 	{
 		name: "LockCleanup",
-		rule: "all that a lock leaves on the server expires by itself, or goes with Remove, and nothing watches when nobody waits",
+		rule: "all that a lock leaves on the server expires by itself, and nothing watches when nobody waits",
 		cases: []testCase{
 			{"Watches", lockWatchesGone},
 			{"Eternal", lockNotEternal},
@@ -242,9 +241,6 @@ func lockExpires(e *env) {
 	if late := ended.Sub(after) - hold.TTL(); late > time.Second+e.h.Patience/4 {
 		e.fatalf("a lock for %v was over %v late", hold.TTL(), late)
 	}
-	if hold.Context().Err() == nil || !errors.Is(context.Cause(hold.Context()), dchannel.ErrLockExpired) {
-		e.fatalf("the lock is over, and its holder's context ends with %v", context.Cause(hold.Context()))
-	}
 	e.lock(b, time.Minute)
 }
 
@@ -382,7 +378,7 @@ func lockOutcomes(e *env) {
 			waiting = append(waiting, func() { e.outcome(h, hold.Fence(), c.want) })
 		}
 		waiting = append(waiting, func() {
-			e.sleep(50 * time.Millisecond)
+			e.sleep(200 * time.Millisecond) // so that they do wait
 			c.end(a, b, hold.Fence())
 		})
 		e.all(waiting...)

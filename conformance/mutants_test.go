@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/dchannel/dchannel"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -26,7 +28,7 @@ type mutant struct {
 // proves something else. The odd ones must pass everything.
 func TestMutants(t *testing.T) {
 	began := time.Now()
-	mutants := slices.Concat(deliveryMutants, closeMutants, costMutants, faultMutants, badInputMutants, oddOnes)
+	mutants := slices.Concat(deliveryMutants, closeMutants, costMutants, faultMutants, lockMutants, badInputMutants, oddOnes)
 	results := make([][]result, len(mutants))
 	took := make([]time.Duration, len(mutants))
 	slots := make(chan struct{}, 6)
@@ -187,12 +189,29 @@ func TestBareHarness(t *testing.T) {
 	}
 	want := []string{
 		"Accepted/Down", "Blackhole/Silence", "CancelBlocked/Down", "Cleanup/Eternal", "Cleanup/Idle", "CloseDurable/CutOff",
-		"CloseDurable/Keep", "Cut/Resets", "ExactlyOnce/LostReply", "IdleCost/Quiet", "NoLeak/Subscriptions",
-		"NoSilentLoss/Position", "NoSilentLoss/Retention", "OneUpstream/Handles", "Pause/Stopped", "Restart/Clean",
+		"CloseDurable/Keep", "CloseLockedUntilExact/Cut", "Cut/Resets", "ExactlyOnce/LostReply", "FenceIncreases/Restart",
+		"FenceIncreases/StateLoss", "IdleCost/Quiet", "LockCleanup/Eternal", "LockCleanup/Watches", "LockLossTold/Cut",
+		"NoLeak/Subscriptions", "NoSilentLoss/Position", "NoSilentLoss/Retention", "OneUpstream/Handles", "Pause/Stopped", "Restart/Clean",
 		"Restart/Kill", "StateLoss/Cut", "StateLoss/Told",
 	}
 	if got := slices.Sorted(maps.Keys(open)); !slices.Equal(got, want) {
 		t.Errorf("not covered: %q, want %q", got, want)
+	}
+}
+
+// TestWithoutLocks shows that a backend need not have locks: all that is left open then is
+// what is about them, and it may be.
+func TestWithoutLocks(t *testing.T) {
+	t.Parallel()
+	h := Harness{New: func(t testing.TB) dchannel.Backend {
+		return &struct{ dchannel.Backend }{Memory().New(t)}
+	}}
+	for _, g := range locks {
+		for _, c := range g.cases {
+			if r := runCase(t, h.filled(), g, c); len(r.failures) > 0 || r.notCovered == "" {
+				t.Errorf("%s/%s: %+v", g.name, c.name, r)
+			}
+		}
 	}
 }
 

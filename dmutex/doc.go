@@ -67,7 +67,7 @@
 // # On the server
 //
 // The lock is that of the channel named after the key ([dchannel.Channel.LockFor]), apart
-// from its messages; the channel is never closed by this package, and should not be by
+// from its messages, and docs/locks.md says more of it; the channel is never closed by this package, and should not be by
 // others: a closed channel cannot be locked, until the close is forgotten. Unlock is its
 // CloseLockedUntil. Keys are 1 to 255 bytes of UTF-8 without control characters.
 //

@@ -43,7 +43,11 @@
 //
 // # Locks
 //
-// The store has no locks yet.
+// The lock of a channel is apart from its log. Its times are exact: a TTL is rounded up
+// to a millisecond. It is forgotten a day after its last end, until then the last 8 ends
+// are known; fences go on growing, over [Store.LoseState] and for the next store too. The
+// line of [dchannel.WithFair] is kept. All fault switches work on it, and
+// [Store.ExpireLock] ends a hold as if its time were over.
 //
 // # Reconnect
 //

@@ -70,7 +70,7 @@ func blocks(t *testing.T, file string) (all []block) {
 
 // known are the packages that code in documents may use without saying so.
 var known = map[string]string{
-	"context": "context", "errors": "errors", "fmt": "fmt", "log": "log", "time": "time",
+	"context": "context", "errors": "errors", "fmt": "fmt", "log": "log", "sync": "sync", "time": "time",
 	"testing": "testing", "synctest": "testing/synctest",
 	"goredis": "github.com/redis/go-redis/v9", "natsgo": "github.com/nats-io/nats.go",
 	"clientv3": "go.etcd.io/etcd/client/v3",
