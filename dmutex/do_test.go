@@ -254,3 +254,37 @@ func TestDoUnlocksWhateverHappens(t *testing.T) {
 		require.NoError(t, b.Close())
 	})
 }
+
+// meanwhile is a backend for which something happens before its first watch of a lock.
+type meanwhile struct {
+	*memory.Backend
+	happens func()
+	once    sync.Once
+}
+
+func (m *meanwhile) WatchLock(ctx context.Context, channel string, hint func()) (dchannel.Subscription, error) {
+	m.once.Do(m.happens)
+	return m.Backend.WatchLock(ctx, channel, hint)
+}
+
+func TestDoWaitsForTheHolderThatItMet(t *testing.T) {
+	bubble(t, func(t *testing.T, s *memory.Store) {
+		first, second := process(t, s, time.Minute), process(t, s, time.Minute)
+		var k token
+		require.NoError(t, first.Lock())
+		b := &meanwhile{Backend: s.Backend(), happens: func() {
+			assert.NoError(t, k.write(first.Fence(), "new"))
+			assert.NoError(t, first.Unlock())
+			assert.NoError(t, second.Lock())
+		}}
+		m := dmutex.New("k", time.Minute, b)
+		began := time.Now()
+		v, err := dmutex.Do(t.Context(), m, k.read, k.refresh(time.Second))
+		require.NoError(t, err)
+		require.Equal(t, "new", v)
+		require.Zero(t, time.Since(began), "the next holder's time is not waited for")
+		require.NoError(t, second.Unlock())
+		require.NoError(t, m.Close())
+		require.NoError(t, b.Close())
+	})
+}

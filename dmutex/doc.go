@@ -67,9 +67,9 @@
 // # On the server
 //
 // The lock is that of the channel named after the key ([dchannel.Channel.LockFor]), apart
-// from its messages; the channel is never closed by this package, and should not be by
-// others: a closed channel cannot be locked, until the close is forgotten. Unlock is its
-// CloseLockedUntil. Keys are 1 to 255 bytes of UTF-8 without control characters.
+// from its messages; docs/locks.md says more of it. Unlock is its CloseLockedUntil. The
+// channel is never closed by this package, and should not be by others: a closed channel
+// cannot be locked, until the close is forgotten. Keys are 1 to 255 bytes of UTF-8 without control characters.
 //
 // A Mutex has no connection and no goroutine of its own. While locked it has a timer, and
 // one goroutine more with WithAutoExtend and with [WithLossWatch] each. All who wait for
