@@ -66,9 +66,9 @@ var lockMutants = []mutant{
 			return st, nil
 		}
 	})},
-	{"LockReleaseWakes", "hints come 150 ms late", breaking(func(_ *lab, b *broken) {
+	{"LockReleaseWakes", "hints come 400 ms late", breaking(func(_ *lab, b *broken) {
 		b.watchLock = func(ctx context.Context, channel string, hint func()) (dchannel.Subscription, error) {
-			return b.locker().WatchLock(ctx, channel, func() { time.AfterFunc(150*time.Millisecond, hint) })
+			return b.locker().WatchLock(ctx, channel, func() { time.AfterFunc(400*time.Millisecond, hint) })
 		}
 	})},
 	{"LockOutcome", "a forced end looks like a release to those who ask", breaking(func(_ *lab, b *broken) {
