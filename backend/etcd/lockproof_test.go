@@ -8,6 +8,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
+	"github.com/dchannel/dchannel/internal/drivertest"
 	"github.com/dchannel/dchannel/internal/lockproof"
 )
 
@@ -43,4 +44,8 @@ func TestLockProofWakeUps(t *testing.T) {
 func TestLockProofTwoHundredContenders(t *testing.T) {
 	t.Parallel()
 	lockproof.TwoHundredContenders(t, rig(server(t)), map[string]float64{"wait": 10, "fair": 1.1})
+}
+
+func TestMutex(t *testing.T) {
+	drivertest.Mutex(t, rig(server(t)))
 }

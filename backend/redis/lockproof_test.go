@@ -10,6 +10,7 @@ import (
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/redis"
+	"github.com/dchannel/dchannel/internal/drivertest"
 	"github.com/dchannel/dchannel/internal/lockproof"
 	"github.com/dchannel/dchannel/internal/locktest"
 	"github.com/dchannel/dchannel/internal/testserver"
@@ -62,4 +63,8 @@ func TestLockProofLinearizable(t *testing.T) {
 	r := rig(server)
 	report := locktest.Check(t, func() dchannel.Backend { return r.Connect(t, server.Addr()) }, locktest.Config{For: 3 * time.Second, Late: 10 * time.Millisecond})
 	require.Positive(t, report.Expiries)
+}
+
+func TestMutex(t *testing.T) {
+	drivertest.Mutex(t, rig(testserver.RedisForTest(t, testserver.RedisConfig{})))
 }
