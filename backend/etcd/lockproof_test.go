@@ -4,12 +4,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/require"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/dchannel/dchannel"
 	"github.com/dchannel/dchannel/backend/etcd"
 	"github.com/dchannel/dchannel/internal/drivertest"
 	"github.com/dchannel/dchannel/internal/lockproof"
+	"github.com/dchannel/dchannel/internal/locktest"
 )
 
 // openInChild connects in the processes that the proofs of the locks start.
@@ -48,4 +50,13 @@ func TestLockProofTwoHundredContenders(t *testing.T) {
 
 func TestMutex(t *testing.T) {
 	drivertest.Mutex(t, rig(server(t)))
+}
+
+// The server gives at least 2 s and looks for what is over every half a second, so this
+// takes its time to see some expire.
+func TestLockProofLinearizable(t *testing.T) {
+	r := rig(server(t))
+	report := locktest.Check(t, func() dchannel.Backend { return r.Connect(t, r.Server.Addr()) },
+		locktest.Config{Channels: 30, For: 12 * time.Second, TTL: 2 * time.Second, Late: 1500 * time.Millisecond})
+	require.Positive(t, report.Expiries)
 }
