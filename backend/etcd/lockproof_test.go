@@ -40,7 +40,7 @@ func TestLockProofWakeUps(t *testing.T) {
 	t.Parallel()
 	s := server(t)
 	r := rig(s)
-	lockproof.WakeUps(t, func() dchannel.Backend { return r.Connect(t, s.Addr()) }, 160, 2*time.Second)
+	lockproof.WakeUps(t, func() dchannel.Backend { return r.Connect(t, s.Addr()) }, 500, 2*time.Second)
 }
 
 func TestLockProofTwoHundredContenders(t *testing.T) {
