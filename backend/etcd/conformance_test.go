@@ -206,7 +206,7 @@ func (w *way) count(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn
 		return stream, err
 	}
 	c := &counted{ClientStream: stream, w: w}
-	context.AfterFunc(stream.Context(), func() { c.add(-c.made) })
+	context.AfterFunc(stream.Context(), c.end)
 	return c, nil
 }
 
@@ -221,6 +221,14 @@ func (c *counted) add(n int) {
 	defer c.w.mu.Unlock()
 	c.made += n
 	c.w.watchers += n
+}
+
+// end forgets the stream's watchers: they are gone with it.
+func (c *counted) end() {
+	c.w.mu.Lock()
+	defer c.w.mu.Unlock()
+	c.w.watchers -= c.made
+	c.made = 0
 }
 
 func (c *counted) SendMsg(m any) error {
