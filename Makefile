@@ -4,7 +4,7 @@
 BACKEND      ?= memory
 TEST_TIMEOUT ?= 15m
 FUZZTIME     ?= 20s
-CHAOS        ?=
+CHAOS        ?= 3
 BENCH        ?= .
 PKG          ?= ./...
 
@@ -32,8 +32,9 @@ test: redis nats etcd cc ## Run all tests, against real servers, with the race d
 	@$(call in,$(CODE),go vet ./... && go test -race -shuffle=on -p=$(PARALLEL) -timeout=$(TEST_TIMEOUT) $(PKG))
 
 .PHONY: chaos
-chaos: redis nats etcd ## Put every driver under faults and check the record: CHAOS='flags'
-	go run ./internal/chaos $(CHAOS)
+chaos: redis nats etcd cc ## Put every driver under faults, CHAOS times, and check the record
+	go test -race -count=$(CHAOS) -timeout=60m -v \
+		-run='Proof|TestConformance/(Cut|Blackhole|Pause|Restart|StateLoss|NoGhostLock|NoLostWakeup)' ./backend/...
 
 .PHONY: bench
 bench: redis nats etcd ## Measure: BENCH=regexp
